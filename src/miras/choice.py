@@ -1,0 +1,116 @@
+"""Choices: small frozen dataclasses that serialise to JSON and back, and the gates they declare."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+_REGISTRY: dict[str, dict[str, type[Choice]]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """A number per token and head that a choice reads, such as Huber's threshold delta.
+
+    `minimum` and `maximum` bound its legal values; `initial` is what a layer starts it at.
+    """
+
+    name: str
+    initial: float
+    minimum: float = 0.0
+    maximum: float = float("inf")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One decision in a design: plain numbers with pure tensor methods.
+
+    A subclass of a family (`Memory`, `Bias`, ...) registers itself under its class name, so that
+    `family.from_dict(choice.to_dict()) == choice` also holds for classes that users define. The families themselves
+    are declared with `abstract=True`.
+    """
+
+    family: ClassVar[str] = ""
+
+    def __init_subclass__(cls, abstract: bool = False, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not abstract:
+            _REGISTRY.setdefault(cls.family, {})[cls.__name__] = cls
+
+    @property
+    def kind(self) -> str:
+        """Name under which the choice is serialised: its class name."""
+        return type(self).__name__
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary: `kind` plus the fields."""
+        fields = {f.name: _encode(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"kind": self.kind, **fields}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Rebuild a choice of this family.
+
+        Raises:
+            ValueError: unknown kind, unknown field, or values that the choice refuses.
+        """
+        known = _REGISTRY.get(cls.family, {})
+        kind = data.get("kind")
+        if kind not in known:
+            raise ValueError(
+                f"unknown {cls.family} kind {kind!r}; allowed: {', '.join(sorted(known))}{_closest(kind, known)}"
+            )
+        target = known[kind]
+        allowed = {f.name for f in dataclasses.fields(target)}
+        for name in data:
+            if name != "kind" and name not in allowed:
+                raise ValueError(
+                    f"{kind} has no field {name!r}; allowed: {', '.join(sorted(allowed)) or 'none'}"
+                    f"{_closest(name, allowed)}"
+                )
+        values = {name: _decode(value) for name, value in data.items() if name != "kind"}
+        return target(**values)  # type: ignore[return-value]
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, Choice):
+        return {"family": value.family, **value.to_dict()}
+    if isinstance(value, Mapping):
+        return {name: _encode(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(item) for item in value]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, Mapping) and "kind" in value and "family" in value:
+        family = value["family"]
+        known = _REGISTRY.get(family)
+        if known is None:
+            raise ValueError(f"unknown family {family!r}; allowed: {', '.join(sorted(_REGISTRY))}")
+        return next(iter(known.values())).from_dict({name: item for name, item in value.items() if name != "family"})
+    if isinstance(value, Mapping):
+        return {name: _decode(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(_decode(item) for item in value)
+    return value
+
+
+def _closest(name: Any, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    """Raise ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        listed = ", ".join(repr(item) for item in allowed)
+        raise ValueError(f"{name}={value!r}; allowed: {listed}")

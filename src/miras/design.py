@@ -1,0 +1,133 @@
+"""A design: the four choices, when gradients and links are taken, and what is legal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from miras.bias import Bias
+from miras.choice import Choice, Gate, require, require_one_of
+from miras.inputs import Inputs
+from miras.learning import Learning
+from miras.memory import Memory
+from miras.retention import Retention
+
+
+@dataclass(frozen=True)
+class Design(Choice):
+    """One sequence model, up to its sizes.
+
+    memory, bias, retention, learning   the four choices (memory and retention are None for a non-parametric learner)
+    refresh      gradient steps that share one gradient point: 1 is the exact online learner, 16 or 64 parallel training
+    link_at      "token": W_t = link(A_t) at every token; "refresh": exact at window ends, its tangent in between
+    gradient_at  "previous": at W_{t-1}; "decayed": at link(a + alpha_t (A_{t-1} - a)), only with refresh 1
+    anchor       "initial": an idle memory relaxes to its learned initial state; "origin": to zero, as printed
+    inputs       how a layer makes the memory's inputs and initial state
+
+    Source: Miras Sec. 3 and the contract in docs/equations.md.
+    """
+
+    family: ClassVar[str] = "design"
+
+    memory: Memory | None
+    bias: Bias
+    retention: Retention | None
+    learning: Learning
+    refresh: int = 16
+    link_at: str = "token"
+    gradient_at: str = "previous"
+    anchor: str = "initial"
+    inputs: Inputs = Inputs()
+
+    def __post_init__(self) -> None:
+        _require_choice("memory", self.memory, Memory, self.learning)
+        _require_choice("bias", self.bias, Bias)
+        _require_choice("learning", self.learning, Learning)
+        _require_choice("retention", self.retention, Retention, self.learning)
+        require(
+            isinstance(self.refresh, int) and self.refresh >= 1,
+            f"refresh={self.refresh!r}; must be an integer >= 1 (1 is the exact online learner)",
+        )
+        require_one_of("link_at", self.link_at, ("token", "refresh"))
+        require_one_of("gradient_at", self.gradient_at, ("previous", "decayed"))
+        require_one_of("anchor", self.anchor, ("initial", "origin"))
+        require(
+            self.gradient_at == "previous" or self.refresh == 1,
+            f"gradient_at='decayed' needs refresh=1, got refresh={self.refresh}: inside a longer window the gradient "
+            "point is fixed; use gradient_at='previous' or refresh=1",
+        )
+        if not self.learning.parametric:
+            return
+        assert self.memory is not None
+        require(
+            self.memory.linear or not self.bias.implicit,
+            f"bias {self.bias.kind} takes an implicit step, which has a closed form for a linear memory only; got "
+            f"{self.memory.kind}. Use Matrix(), or the bias without its envelope",
+        )
+
+    @property
+    def parametric(self) -> bool:
+        """Whether the design has fast weights (False: softmax attention)."""
+        return self.learning.parametric
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """Gates that the bias and the learning read, besides rate and decay."""
+        return (*self.bias.gates, *self.learning.gates)
+
+    @property
+    def designs(self) -> tuple[Design, ...]:
+        """The pattern of designs over the layers: this one everywhere."""
+        return (self,)
+
+    def slow_names(self, value_dim: int) -> tuple[str, ...]:
+        """Names of the optional slow parameters of the memory."""
+        return tuple(self.memory.slow(value_dim)) if self.memory is not None else ()
+
+    def link(self, dual: Tensor) -> Tensor:
+        """W = link(A) of the retention."""
+        assert self.retention is not None
+        return self.retention.link(dual)
+
+
+@dataclass(frozen=True)
+class Pattern(Choice):
+    """A small arrangement of designs over a model's layers: layer i uses designs[i % len(designs)]."""
+
+    family: ClassVar[str] = "design"
+
+    designs: tuple[Design, ...]
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.designs) > 0 and all(isinstance(item, Design) for item in self.designs),
+            "Pattern needs a non-empty tuple of designs",
+        )
+
+
+def design_from(data: Design | Pattern | Mapping[str, Any]) -> Design | Pattern:
+    """A design or pattern, given as such or as the dictionary that its `to_dict` makes.
+
+    Raises:
+        TypeError: anything else.
+        ValueError: unknown kinds or fields, or an illegal combination.
+    """
+    if isinstance(data, (Design, Pattern)):
+        return data
+    if isinstance(data, Mapping):
+        return Design.from_dict({name: item for name, item in data.items() if name != "family"})
+    raise TypeError(f"design must be a miras Design, a Pattern, or a dictionary of one; got {type(data).__name__}")
+
+
+def _require_choice(name: str, value: object, family: type[Choice], learning: Learning | None = None) -> None:
+    if learning is not None and isinstance(learning, Learning) and not learning.parametric:
+        require(value is None, f"{learning.kind} keeps no fast weights: leave {name}=None, got {value!r}")
+        return
+    if not isinstance(value, family):
+        raise TypeError(
+            f"{name}={value!r}; must be an instance of a {family.__name__}, such as miras.{family.family}.X() "
+            "(an instance, not the class)"
+        )

@@ -1,0 +1,40 @@
+"""The non-parametric memory: causal softmax attention, whole or over a sliding window."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miras.engine.problem import AttentionState
+
+
+def run_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, state: AttentionState | None
+) -> tuple[Tensor, AttentionState]:
+    """Outputs [B, T, H, V] for q, k [B, T, H, K], v [B, T, H, V] after the past in `state`; rows may differ in length."""
+    batch, num_tokens = q.shape[:2]
+    length = torch.zeros(batch, dtype=torch.int64) if state is None else state.length
+    if state is not None:
+        k, v = torch.cat((state.keys.to(k.dtype), k), dim=1), torch.cat((state.values.to(v.dtype), v), dim=1)
+    past = k.shape[1] - num_tokens
+    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    if past == 0 and (window is None or window >= num_tokens):
+        out = F.scaled_dot_product_attention(*heads, is_causal=True)
+    else:
+        mask = _visible(num_tokens, past, window, length.to(q.device))
+        out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+    keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
+    start = k.shape[1] - keep
+    return out.transpose(1, 2), AttentionState(k[:, start:], v[:, start:], (length + num_tokens).clamp_max(keep))
+
+
+def _visible(num_tokens: int, past: int, window: int | None, length: Tensor) -> Tensor:
+    """Which of past + num_tokens keys each query sees, [B, 1, T, S]: real ones, not later, inside the window."""
+    key = torch.arange(past + num_tokens, device=length.device)
+    query = key[past:, None]
+    seen = key <= query
+    if window is not None:
+        seen = seen & (key > query - window)
+    real = key >= past - length[:, None]
+    return seen & real[:, None, None, :]

@@ -1,0 +1,230 @@
+"""The public op `memorize`, and which path it takes and why (`explain`)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from miras.design import Design
+from miras.engine.attention import run_attention
+from miras.engine.chunk import run_chunks
+from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_values
+from miras.engine.ragged import run_ragged
+from miras.engine.reference import run_reference
+
+PATHS = ("attention", "triangular", "substituted", "frozen", "recurrent", "reference")
+"""Every path, fastest first; all that accept a design give the same results."""
+
+TILES = {"triangular": 64, "substituted": 32, "frozen": 64, "recurrent": 1}
+CHANNEL_TILE = 16
+"""Largest block where gates per channel or per-token weights make a block's work quadratic in it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The path a design takes, its block length, and why each other path refused (speed only: results are the same)."""
+
+    path: str
+    tile: int
+    refusals: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"path: {self.path} (blocks of {self.tile})" if self.tile > 1 else f"path: {self.path}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.refusals.items()]
+        return "\n".join(lines)
+
+
+def refusal(path: str, design: Design) -> str | None:
+    """Why a path cannot run a design, from declared facts; None where it can."""
+    if not design.parametric:
+        return None if path == "attention" else "the design has no fast weights"
+    assert design.memory is not None and design.retention is not None
+    if path == "attention":
+        return "the design has fast weights"
+    if path == "reference":
+        return None
+    if not design.learning.chained:
+        return f"learning {design.learning.kind} is not a chain of leaky integrators"
+    settles = design.retention.settles or design.learning.settles
+    if path in ("triangular", "substituted"):
+        if not design.retention.identity:
+            return f"the link of retention {design.retention.kind} is not the identity"
+        constant = design.memory.linear and design.bias.slope == "constant" and not settles
+        if design.refresh > 1 and not (constant and path == "triangular"):
+            return f"refresh={design.refresh}: gradients stand still over a window (they move at every step with 1)"
+        if settles:
+            return "the state settles at every step"
+        if path == "triangular" and not design.memory.linear:
+            return f"memory {design.memory.kind} is not linear in its weights"
+        if path == "triangular" and design.bias.slope == "general":
+            return f"the gradient of bias {design.bias.kind} is not affine"
+    if path == "frozen" and design.refresh == 1:
+        return "refresh=1: gradients move at every step"
+    if path == "recurrent" and design.refresh > 1:
+        return "blocks of one step are needed with refresh=1 only"
+    return None
+
+
+def plan(design: Design, path: str | None = None, per_channel: bool = False) -> Plan:
+    """Choose the first path that accepts the design, or check the one asked for.
+
+    Raises:
+        ValueError: unknown path, or one that refuses the design.
+    """
+    refusals = {name: reason for name in PATHS if (reason := refusal(name, design)) is not None}
+    if path is None:
+        path = next(name for name in PATHS if name not in refusals)
+    elif path not in PATHS:
+        raise ValueError(f"path={path!r}; allowed: {', '.join(PATHS)}, or None to choose")
+    elif path in refusals:
+        able = [name for name in PATHS if name not in refusals]
+        raise ValueError(f"path={path!r} refuses this design: {refusals[path]}; able: {', '.join(able)}")
+    tile = TILES.get(path, 1)
+    if path == "frozen":
+        tile = min(tile, design.refresh)
+        assert design.retention is not None
+        if design.link_at == "token" and not design.retention.identity:
+            tile = min(tile, CHANNEL_TILE)
+    return Plan(path, min(tile, CHANNEL_TILE) if per_channel else tile, refusals)
+
+
+def explain(
+    design: Design, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, per_channel: bool = False
+) -> Plan:
+    """Which path runs a design and why the others refused; print it.
+
+    No path depends on device or dtype yet (all are PyTorch); half-precision inputs are computed in float32.
+    """
+    torch.device(device)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype={dtype}; must be a floating-point type")
+    return plan(design, per_channel=per_channel)
+
+
+def memorize(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    design: Design,
+    weights: Mapping[str, Tensor] | None = None,
+    lr: Tensor | None = None,
+    log_decay: Tensor | None = None,
+    gates: Mapping[str, Tensor] | None = None,
+    initial_state: MemoryState | AttentionState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    path: str | None = None,
+    check: bool = True,
+) -> tuple[Tensor, MemoryState | AttentionState | None]:
+    """Write (k_t, v_t) into a memory that learns, and read it at q_t, for every token: o_t = M(W_t; q_t).
+
+    Args:
+        q, k: [B, T, H, K]; v: [B, T, H, V], of one floating dtype. With a learning rule of n micro-steps a token, k, v, lr
+            and gates have T * n positions, q and log_decay T.
+        design: the four choices; see `miras.Design`.
+        weights: initial dual state A_0, {name: [H, d_in, d_out]}, and slow norm parameters as extra names [H, V].
+        lr: rates eta >= 0, [B, T, H], or [B, T, H, C] one a channel of the model-width axis.
+        log_decay: log alpha <= 0 in nats, [B, T, H] or [B, T, H, C]; None keeps everything.
+        gates: what the bias and the learning declare, {name: [B, T, H]}.
+        initial_state: the state that an earlier call returned; None starts from A_0.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: [N + 1] borders of N sequences packed into one row (B = 1); states then have N rows.
+        path: force one of `miras.PATHS` ("reference" is the definition); None takes the fastest that accepts the design.
+        check: also check values (NaN, signs, ranges); shapes and types are always checked.
+
+    Returns:
+        out [B, T, H, V] in v's dtype (computed in float32, or float64 if given), and the final state or None.
+
+    Raises:
+        ValueError, TypeError: illegal shapes, types, names or values, or a path that refuses the design.
+
+    Source: the recurrence of docs/equations.md (Miras Eq. 4 and Sec. 3).
+    """
+    weights, gates = weights or {}, gates or {}
+    given = {"weights": weights, "lr": lr, "log_decay": log_decay, "gates": gates}
+    check_inputs(q, k, v, design=design, cu_seqlens=cu_seqlens, **given)
+    if check:
+        check_values(q, k, v, design=design, **given)
+    per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
+    chosen = plan(design, path, per_channel)
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    if initial_state is not None and initial_state.rows != rows:
+        raise ValueError(f"initial_state has {initial_state.rows} rows; this call has {rows} sequences")
+    if not design.parametric:
+        assert initial_state is None or isinstance(initial_state, AttentionState)
+        out, final = _attend(q, k, v, design, initial_state, cu_seqlens)
+        return out.to(v.dtype), final if output_final_state else None
+    assert lr is not None and (initial_state is None or isinstance(initial_state, MemoryState))
+    with torch.inference_mode(False):
+        problem = build_problem(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
+        out, state = _run(problem, chosen, initial_state, cu_seqlens)
+    return out.to(v.dtype), state if output_final_state else None
+
+
+def _run(
+    problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, MemoryState]:
+    n = problem.design.learning.micro_steps
+    lengths = torch.full((problem.q.shape[0],), problem.num_steps)
+    source = None
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.cpu() * n
+        lengths = bounds.diff()
+        problem, source = _unpack(problem, bounds)
+    run = run_reference
+    if chosen.path != "reference":
+        run = functools.partial(run_chunks, path=chosen.path, tile=chosen.tile)
+    if state is None:
+        state = problem.initial_state()
+    out, final = run_ragged(run, problem, state, lengths)
+    if source is not None:
+        out = out.transpose(1, 2).flatten(0, 1)[source].unsqueeze(0)
+    else:
+        out = out.transpose(1, 2)
+    return out[:, n - 1 :: n], final
+
+
+def _unpack(problem: Problem, bounds: Tensor) -> tuple[Problem, Tensor]:
+    """A packed row as a batch of rows, padded at their ends, and where each packed step lies in the flattened batch."""
+    lengths = bounds.diff()
+    rows, longest = len(lengths), int(lengths.max())
+    place = torch.arange(longest)
+    index = (bounds[:-1, None] + place).clamp_max(problem.num_steps - 1).flatten().to(problem.q.device)
+
+    def unpack(x: Tensor) -> Tensor:
+        return x[0].index_select(1, index).unflatten(1, (rows, longest)).movedim(1, 0)
+
+    real = (place < lengths[:, None]).flatten().nonzero().squeeze(1).to(problem.q.device)
+    return problem.mapped(unpack), real
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, design: Design, state: AttentionState | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, AttentionState]:
+    window = getattr(design.learning, "window", None)
+    if cu_seqlens is None:
+        return run_attention(q, k, v, window, state)
+    bounds = cu_seqlens.tolist()
+    outputs, ends = [], []
+    for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        past = None if state is None else state.index_select(torch.tensor([row]))
+        out, end = run_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], window, past)
+        outputs.append(out)
+        ends.append(end)
+    longest = max(end.keys.shape[1] for end in ends)
+
+    def right(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, longest - x.shape[1], 0))
+
+    final = AttentionState(
+        torch.cat([right(end.keys) for end in ends]),
+        torch.cat([right(end.values) for end in ends]),
+        torch.cat([end.length for end in ends]),
+    )
+    return torch.cat(outputs, dim=1), final

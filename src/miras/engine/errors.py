@@ -1,0 +1,165 @@
+"""Errors of a block: the back-propagated output gradients that, with the inputs, make every gradient a rank-one product.
+
+Three ways to the same factors (x_i, g_i) of u_i = -eta_i grad_W = x_i g_i^T, one pair per weight and gradient step:
+`frozen_errors` at weights that stand still over the block, `triangular_errors` and `substituted_errors` for the exact
+online learner, whose weights move at every step (docs/equations.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from miras.design import Design
+from miras.engine.reference import smoothing
+from miras.memory import Linear, WeightShape
+
+
+class Factors(NamedTuple):
+    """u_i = x_i g_i^T for the steps of a block: x [..., b, d_in], g [..., b, d_out], rate and sign included."""
+
+    x: Tensor
+    g: Tensor
+
+
+class Steps(NamedTuple):
+    """Gradient steps of a block: k [..., b, K], v [..., b, V], lr [..., b] or [..., b, C], bias gates [..., b, 1]."""
+
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    gates: dict[str, Tensor]
+    slow: dict[str, Tensor]
+
+
+Read = Callable[[str, Tensor], Tensor]
+
+
+def bias_gates(design: Design, k: Tensor, lr: Tensor, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The gates that the bias reads, [..., 1], with the smoothing of an implicit one."""
+    found = {gate.name: gates[gate.name].unsqueeze(-1) for gate in design.bias.gates}
+    if design.bias.implicit:
+        found["smoothing"] = smoothing(k, lr)
+    return found
+
+
+def frozen_errors(design: Design, shapes: dict[str, WeightShape], weights: dict[str, Tensor], steps: Steps) -> dict[str, Factors]:
+    """Factors of a block whose gradients are all taken at `weights` [..., d_in, d_out]."""
+    return _errors(design, shapes, steps, lambda name, x: x @ weights[name])
+
+
+def _errors(design: Design, shapes: dict[str, WeightShape], steps: Steps, linear: Linear) -> dict[str, Factors]:
+    memory, outer = design.memory, torch.is_grad_enabled()
+    assert memory is not None
+    if memory.linear:
+        (name,) = shapes
+        g = design.bias.gradient(linear(name, steps.k), steps.v, steps.gates)
+        return {name: _factors(steps.k, g, steps.lr, shapes[name])}
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def record(name: str, x: Tensor) -> Tensor:
+        z = linear(name, x)
+        z = z if z.requires_grad else z.detach().requires_grad_()
+        inputs[name], outputs[name] = x, z
+        return z
+
+    with torch.enable_grad():
+        y = memory(steps.k, record, steps.slow)
+        error = design.bias.gradient(y if outer else y.detach(), steps.v, steps.gates)
+        grads = torch.autograd.grad(y, list(outputs.values()), error, create_graph=outer)
+    pairs = zip(outputs, grads, strict=True)
+    return {
+        name: _factors(inputs[name] if outer else inputs[name].detach(), g, steps.lr, shapes[name]) for name, g in pairs
+    }
+
+
+def _factors(x: Tensor, g: Tensor, lr: Tensor, shape: WeightShape) -> Factors:
+    if lr.dim() < x.dim():
+        return Factors(x, -lr.unsqueeze(-1) * g)
+    return Factors(-lr * x, g) if shape.channel_axis == 0 else Factors(x, -lr * g)
+
+
+def substituted_errors(
+    design: Design,
+    shapes: dict[str, WeightShape],
+    steps: Steps,
+    start: Read,
+    mixes: dict[str, Tensor],
+    carried: Callable[[str, Tensor, int], Tensor],
+) -> dict[str, Factors]:
+    """Exact online factors for any memory and bias, by forward substitution through its layers, one step at a time.
+
+    Step t's prediction reads each weight as it is before the step, never formed: `carried(name, x, t)` is what the
+    block's initial slots give, and mixes[name] [..., (C), b, b] weigh the earlier factors.
+    """
+    found: dict[str, list[Factors]] = {name: [] for name in shapes}
+    for t in range(steps.k.shape[-2]):
+
+        def linear(name: str, x: Tensor, t: int = t) -> Tensor:
+            y = start(name, x) + carried(name, x, t)
+            if t == 0:
+                return y
+            past = Factors(*(torch.cat(part, dim=-2) for part in zip(*found[name], strict=True)))
+            row = mixes[name][..., t : t + 1, :t]
+            return y + masked_product(x, past, row, shapes[name].channel_axis)
+
+        here = Steps(
+            steps.k[..., t : t + 1, :],
+            steps.v[..., t : t + 1, :],
+            steps.lr.narrow(steps.k.dim() - 2, t, 1),
+            {name: gate[..., t : t + 1, :] for name, gate in steps.gates.items()},
+            steps.slow,
+        )
+        for name, pair in _errors(design, shapes, here, linear).items():
+            found[name].append(pair)
+    return {name: Factors(*(torch.cat(p, dim=-2) for p in zip(*pairs, strict=True))) for name, pairs in found.items()}
+
+
+class TriangularSolver:
+    """Exact online errors of a linear memory with an affine gradient g = c_t y + b_t, for a batch of blocks.
+
+    (I + c P o K K^T) g = c y_0 + b,  P the mix one step earlier: the WY form's triangular system, inverted once for all
+    blocks since it does not depend on the state.
+    """
+
+    def __init__(self, design: Design, shape: WeightShape, steps: Steps, mix: Tensor) -> None:
+        zero = torch.zeros_like(steps.v)
+        self.steps, self.shape = steps, shape
+        self.offset = design.bias.gradient(zero, steps.v, steps.gates)
+        self.inverse, self.slope = None, None
+        if design.bias.slope == "constant":
+            return
+        self.slope = (design.bias.gradient(torch.ones_like(zero), steps.v, steps.gates) - self.offset)[..., :1]
+        keys = _factors(steps.k, torch.ones_like(zero[..., :1]), steps.lr, shape) if steps.lr.dim() == steps.k.dim() else None
+        weighted = keys.x if keys is not None else -steps.lr.unsqueeze(-1) * steps.k
+        system = -self.slope * scores(steps.k, weighted, mix, shape.channel_axis)
+        identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+        self.inverse = torch.linalg.solve_triangular(
+            system.tril(-1) + identity, identity.expand_as(system), upper=False, unitriangular=True
+        )
+
+    def factors(self, index: int, initial: Tensor) -> Factors:
+        """Factors of block `index`, given the predictions [..., b, V] that its initial state makes."""
+        g = self.offset[index]
+        if self.inverse is not None and self.slope is not None:
+            g = self.inverse[index] @ (self.slope[index] * initial + g)
+        return _factors(self.steps.k[index], g, self.steps.lr[index], self.shape)
+
+
+def scores(h: Tensor, x: Tensor, mix: Tensor, channel_axis: int | None) -> Tensor:
+    """(h_t . x_i) mix[t, i], with mix per channel of the input axis weighing each product."""
+    if mix.dim() == h.dim():
+        return (h @ x.mT) * mix
+    assert channel_axis == 0
+    return torch.einsum("...tc,...cti,...ic->...ti", h, mix, x)
+
+
+def masked_product(h: Tensor, factors: Factors, mix: Tensor, channel_axis: int | None) -> Tensor:
+    """sum_i mix[t, i] (h_t . x_i) g_i for h [..., t, d_in], mix [..., (C), t, i]: a gated linear attention."""
+    if mix.dim() == h.dim() or channel_axis == 0:
+        return scores(h, factors.x, mix, channel_axis) @ factors.g
+    return torch.einsum("...ti,...cti,...ic->...tc", h @ factors.x.mT, mix, factors.g)

@@ -1,0 +1,329 @@
+"""Typed inputs and states of the engine, and the checks that turn a user's tensors into them.
+
+Inside the engine heads come before time, and time is counted in gradient steps, N = T * micro_steps: q, k [B, H, N, K],
+v [B, H, N, V], rates and decays [B, H, N] or [B, H, N, C], gates [B, H, N]. A token's query stands at each of its steps,
+and its output is the one at the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from miras.choice import require
+from miras.design import Design
+from miras.memory import WeightShape
+
+
+@dataclass(frozen=True)
+class State:
+    """A batch of recurrent states, one row a sequence; every tensor's first axis is the row."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor."""
+        changed = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensor):
+                changed[item.name] = function(value)
+            elif isinstance(value, dict):
+                changed[item.name] = {name: function(tensor) for name, tensor in value.items()}
+        return replace(self, **changed)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state."""
+        found: list[Tensor] = []
+
+        def collect(x: Tensor) -> Tensor:
+            found.append(x)
+            return x
+
+        self.map(collect)
+        return found
+
+    def index_select(self, rows: Tensor) -> Self:
+        """Rows picked (and repeated) by index, as beam search does."""
+        return self.map(lambda x: x.index_select(0, rows.to(x.device)))
+
+    def detach(self) -> Self:
+        """The same state, cut off from the graph."""
+        return self.map(Tensor.detach)
+
+    @property
+    def rows(self) -> int:
+        """Number of sequences."""
+        return self.tensors()[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(x.numel() * x.element_size() for x in self.tensors())
+
+
+@dataclass(frozen=True)
+class MemoryState(State):
+    """What a parametric memory needs to go on, at any token, in the middle of a window too.
+
+    slots  per weight [B, H, slots, d_in, d_out]: deviation from the anchor A - a first, then what the learning keeps
+    point  per weight [B, H, d_in, d_out]: the deviation at the last window end, where gradients are taken
+    phase  [B] int64 on the CPU: gradient steps since the last window end
+    """
+
+    slots: dict[str, Tensor]
+    point: dict[str, Tensor]
+    phase: Tensor
+
+    def to(self, device: torch.device | str) -> MemoryState:
+        """The state on another device (`phase` stays on the CPU)."""
+        return replace(self.map(lambda x: x.to(device)), phase=self.phase)
+
+
+@dataclass(frozen=True)
+class AttentionState(State):
+    """Past keys and values [B, S, H, D] of softmax attention, aligned to the right; `length` [B] counts the real ones."""
+
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+
+    def to(self, device: torch.device | str) -> AttentionState:
+        """The state on another device (`length` stays on the CPU)."""
+        return replace(self.map(lambda x: x.to(device)), length=self.length)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A batch of equally long sequences for a parametric design, in the engine's layout and in float32 or float64.
+
+    `weights` are the initial dual states [H, d_in, d_out] and `anchor` what they relax to; `slow` [H, 1, V].
+    """
+
+    design: Design
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor
+    log_decay: Tensor
+    gates: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    slow: dict[str, Tensor]
+    shapes: dict[str, WeightShape]
+
+    @property
+    def num_steps(self) -> int:
+        return self.k.shape[2]
+
+    def anchor(self, name: str) -> Tensor:
+        """What weight `name` relaxes to, [H, d_in, d_out]."""
+        weight = self.weights[name]
+        return weight if self.design.anchor == "initial" else torch.zeros_like(weight)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Problem:
+        """The problem with every sequence [B, H, N, ...] changed by a function."""
+        sequences = {name: function(getattr(self, name)) for name in ("q", "k", "v", "lr", "log_decay")}
+        return replace(self, **sequences, gates={name: function(x) for name, x in self.gates.items()})
+
+    def part(self, start: int, stop: int, rows: Tensor) -> Problem:
+        """Gradient steps start to stop of some rows."""
+        return self.mapped(lambda x: x.index_select(0, rows.to(x.device))[:, :, start:stop])
+
+    def initial_state(self) -> MemoryState:
+        """The state before the first token: A_0."""
+        learning, batch = self.design.learning, self.q.shape[0]
+        slots, point = {}, {}
+        for name, weight in self.weights.items():
+            deviation = (weight - self.anchor(name)).expand(batch, *weight.shape)
+            rest = [torch.zeros_like(deviation)] * (learning.slots - 1)
+            slots[name] = torch.stack([deviation, *rest], dim=2)
+            point[name] = deviation
+        return MemoryState(slots, point, torch.zeros(batch, dtype=torch.int64))
+
+
+def build_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    design: Design,
+    weights: Mapping[str, Tensor],
+    lr: Tensor,
+    log_decay: Tensor | None,
+    gates: Mapping[str, Tensor],
+) -> Problem:
+    """Bring checked tensors [B, T, H, D] into the engine's layout, half precision raised to float32."""
+    assert design.memory is not None
+    n = design.learning.micro_steps
+    dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
+    shapes = design.memory.weights(k.shape[-1], v.shape[-1])
+    q = q.repeat_interleave(n, dim=1) if n > 1 else q
+    head_first = {name: x.to(dtype).transpose(1, 2) for name, x in {"q": q, "k": k, "v": v, "lr": lr}.items()}
+    if log_decay is None:
+        log_decay = torch.zeros(k.shape[:3], dtype=dtype, device=q.device)[:, ::n]
+    log_decay = log_decay.to(dtype).transpose(1, 2)
+    if n > 1:
+        still = torch.zeros_like(log_decay).unsqueeze(3).expand(*log_decay.shape[:3], n - 1, *log_decay.shape[3:])
+        log_decay = torch.cat((log_decay.unsqueeze(3), still), dim=3).flatten(2, 3)
+    slow_names = design.slow_names(v.shape[-1])
+    return Problem(
+        design=design,
+        **head_first,
+        log_decay=log_decay,
+        gates={name: x.to(dtype).transpose(1, 2) for name, x in gates.items()},
+        weights={name: weights[name].to(dtype) for name in shapes},
+        slow={name: weights[name].to(dtype).unsqueeze(1) for name in slow_names if name in weights},
+        shapes=shapes,
+    )
+
+
+def check_inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    design: Design,
+    weights: Mapping[str, Tensor],
+    lr: Tensor | None,
+    log_decay: Tensor | None,
+    gates: Mapping[str, Tensor],
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Shapes, types and names. Raises ValueError or TypeError that say what was given and what is allowed."""
+    _check_qkv(q, k, v, design)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, q)
+    if not design.parametric:
+        given = [name for name, x in (("weights", weights), ("gates", gates)) if x]
+        given += [name for name, x in (("lr", lr), ("log_decay", log_decay)) if x is not None]
+        require(not given, f"a non-parametric design has no fast weights and takes no {', '.join(given)}")
+        return
+    steps = k.shape[1]
+    if lr is None:
+        raise ValueError("lr is missing: give the rates eta, [B, T, H] or [B, T, H, C]")
+    _check_weights(weights, design, q, k, v)
+    _check_gate("lr", lr, (k.shape[0], steps, k.shape[2]), design, k, v)
+    if log_decay is not None:
+        _check_gate("log_decay", log_decay, tuple(q.shape[:3]), design, k, v)
+    declared = {gate.name for gate in design.gates}
+    require(
+        set(gates) == declared,
+        f"gates given: {sorted(gates) or 'none'}; this design reads {sorted(declared) or 'none'}",
+    )
+    for name, gate in gates.items():
+        _check_gate(name, gate, (k.shape[0], steps, k.shape[2]), design, None, None)
+
+
+def check_values(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    design: Design,
+    weights: Mapping[str, Tensor],
+    lr: Tensor | None,
+    log_decay: Tensor | None,
+    gates: Mapping[str, Tensor],
+) -> None:
+    """NaN and infinity anywhere, negative rates, positive log-decays, gates out of range. Raises ValueError."""
+    named = {"q": q, "k": k, "v": v, "lr": lr, "log_decay": log_decay, **weights, **gates}
+    for name, x in named.items():
+        if x is not None and not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name} holds NaN or infinite numbers ({int((~torch.isfinite(x)).sum())} of {x.numel()})")
+    if lr is not None and bool((lr < 0).any()):
+        raise ValueError(f"lr holds negative rates (smallest {float(lr.min()):g}); eta must be >= 0")
+    if log_decay is not None and bool((log_decay > 0).any()):
+        raise ValueError(
+            f"log_decay holds positive numbers (largest {float(log_decay.max()):g}); it is log alpha with alpha in "
+            "(0, 1], so it must be <= 0. Decay factors themselves? Pass their logarithm"
+        )
+    for gate in design.gates:
+        low, high = float(gates[gate.name].min()), float(gates[gate.name].max())
+        require(
+            gate.minimum <= low and high <= gate.maximum,
+            f"gate {gate.name!r} lies in [{low:g}, {high:g}]; allowed: [{gate.minimum:g}, {gate.maximum:g}]",
+        )
+
+
+def _check_qkv(q: Tensor, k: Tensor, v: Tensor, design: Design) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"{name} has dtype {x.dtype}; allowed: float64, float32, bfloat16, float16")
+        require(x.dim() == 4, f"{name} has shape {tuple(x.shape)}; must be [batch, time, heads, width]")
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise TypeError(f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}; give all three the same")
+    n = design.learning.micro_steps
+    require(q.shape[1] > 0, f"q has shape {tuple(q.shape)}: the sequence is empty; give at least one token")
+    require(q.shape[0] > 0, f"q has shape {tuple(q.shape)}: the batch is empty; give at least one row")
+    expected = (q.shape[0], q.shape[1] * n, q.shape[2])
+    steps = "" if n == 1 else f" ({n} gradient steps a token)"
+    require(
+        tuple(k.shape) == (*expected, q.shape[3]),
+        f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it must be {(*expected, q.shape[3])}{steps}",
+    )
+    require(
+        tuple(v.shape[:3]) == expected,
+        f"v has shape {tuple(v.shape)}; with q {tuple(q.shape)} it must be {(*expected, 'V')}{steps}",
+    )
+
+
+def _check_weights(weights: Mapping[str, Tensor], design: Design, q: Tensor, k: Tensor, v: Tensor) -> None:
+    assert design.memory is not None
+    shapes = design.memory.weights(k.shape[-1], v.shape[-1])
+    heads = q.shape[2]
+    allowed = {name: (heads, shape.d_in, shape.d_out) for name, shape in shapes.items()}
+    optional = {name: (heads, v.shape[-1]) for name in design.slow_names(v.shape[-1])}
+    missing = [name for name in allowed if name not in weights]
+    unknown = [name for name in weights if name not in allowed and name not in optional]
+    require(
+        not missing and not unknown,
+        f"weights given: {sorted(weights) or 'none'}; {design.memory.kind} needs {allowed}"
+        + (f" and may have {optional}" if optional else ""),
+    )
+    for name, x in weights.items():
+        shape = allowed.get(name) or optional[name]
+        require(tuple(x.shape) == shape, f"weight {name!r} has shape {tuple(x.shape)}; must be {shape} [H, d_in, d_out]")
+
+
+def _check_gate(
+    name: str, gate: Tensor, shape: tuple[int, ...], design: Design, k: Tensor | None, v: Tensor | None
+) -> None:
+    if not isinstance(gate, Tensor) or not gate.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
+    if tuple(gate.shape) == shape:
+        return
+    if k is None or v is None:
+        raise ValueError(f"{name} has shape {tuple(gate.shape)}; must be {shape} [B, T, H]")
+    assert design.memory is not None
+    width = k.shape[-1]
+    require(
+        tuple(gate.shape) == (*shape, width),
+        f"{name} has shape {tuple(gate.shape)}; must be {shape} [B, T, H] or {(*shape, width)} [B, T, H, C]",
+    )
+    shapes = design.memory.weights(width, v.shape[-1])
+    inner = [weight for weight, item in shapes.items() if item.channel_axis is None]
+    require(
+        not inner,
+        f"{name} is per channel, but weights {inner} of {design.memory} have no model-width axis; give one number a head",
+    )
+    sizes = {weight: (item.d_in, item.d_out)[item.channel_axis or 0] for weight, item in shapes.items()}
+    require(
+        all(size == width for size in sizes.values()),
+        f"{name} has {width} channels, but the weights' model-width axes are {sizes}; give one number a head, or use "
+        "keys and values of one width",
+    )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
+    require(q.shape[0] == 1, f"cu_seqlens packs sequences into one row: the batch must be 1, got {q.shape[0]}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 2:
+        raise ValueError("cu_seqlens must be a one-dimensional integer tensor [0, end of first, ..., T]")
+    bounds = cu_seqlens.tolist()
+    require(
+        bounds[0] == 0 and bounds[-1] == q.shape[1] and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
+        f"cu_seqlens={bounds}; must start at 0, rise strictly (no empty sequence) and end at T={q.shape[1]}",
+    )

@@ -1,0 +1,72 @@
+"""A learning rule over a block of b gradient steps, as four small matrices.
+
+With slots z_0 at the block's start and inputs u_1 .. u_b (u_i = -eta_i G_i):
+
+    D_t   = sum_l carry[l][t] z_0[l] + sum_{i <= t} mix[t, i] u_i
+    z_b[j] = sum_l move[j][l] z_0[l] + sum_i write[j][i] u_i
+
+Decay products are differences of log sums, masked before the exponential. Gates per channel put an axis C in front.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class System(NamedTuple):
+    """mix [..., (C), b, b]; carry[l] [..., (C), b]; write[j] [..., (C), b]; move[j][l] [..., (C)] or None for zero."""
+
+    mix: Tensor
+    carry: tuple[Tensor, ...]
+    write: tuple[Tensor, ...]
+    move: tuple[tuple[Tensor | None, ...], ...]
+
+    def before(self, log_decay: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """mix and carry one step earlier (for predictions), times alpha_t where its logarithm is given."""
+        mix = torch.cat((torch.zeros_like(self.mix[..., :1, :]), self.mix[..., :-1, :]), dim=-2)
+        carry = tuple(
+            torch.cat((torch.full_like(x[..., :1], float(slot == 0)), x[..., :-1]), dim=-1)
+            for slot, x in enumerate(self.carry)
+        )
+        if log_decay is None:
+            return mix, carry
+        alpha = log_decay.exp()
+        return mix * alpha.unsqueeze(-1), tuple(x * alpha for x in carry)
+
+    def block(self, index: int) -> System:
+        """One of a batch of systems, along the first axis."""
+        return System(
+            self.mix[index],
+            tuple(x[index] for x in self.carry),
+            tuple(x[index] for x in self.write),
+            tuple(tuple(None if x is None else x[index] for x in row) for row in self.move),
+        )
+
+
+def build_system(log_decays: tuple[Tensor, ...]) -> System:
+    """The system of a chain of leaky integrators with the given log-decays [..., (C), b], the first one being D's."""
+    sums = [x.cumsum(-1) for x in log_decays]
+    masks = [_decay_mask(x) for x in sums]
+    carries, mixes = [], []
+    for first in range(len(sums)):
+        carry, product = [], None
+        for mask, total in zip(masks[first:], sums[first:], strict=True):
+            start = total.exp()
+            carry.append(start if product is None else (product @ start.unsqueeze(-1)).squeeze(-1))
+            product = mask if product is None else product @ mask
+        carries.append(carry)
+        mixes.append(product)
+    move = tuple(
+        (*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries)
+    )
+    return System(mixes[0], tuple(carries[0]), tuple(x[..., -1, :] for x in mixes), move)
+
+
+def _decay_mask(total: Tensor) -> Tensor:
+    """exp(total_t - total_i) for i <= t, else 0."""
+    size = total.shape[-1]
+    future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
+    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
