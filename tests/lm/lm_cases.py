@@ -1,0 +1,88 @@
+"""Designs that together use every branch of the layer, and token batches, at sizes for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from miras import models
+from miras.bias import L2, Dot, Huber
+from miras.design import Design, Pattern
+from miras.inputs import Constant, Inputs, LogDecay, Positive, Rotary, Sigmoid, Softplus
+from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
+from miras.memory import MLP, GatedMLP, Matrix
+from miras.retention import L2 as Decay
+from miras.retention import ProximalElasticNet, SignedKL
+
+ATTENTION = Design(
+    memory=None,
+    bias=L2(),
+    retention=None,
+    learning=NonParametric(window=5),
+    inputs=Inputs(features=Rotary(), conv_size=0, activation=None, output_norm=False, output_gate=False),
+)
+
+HUBER = Design(
+    memory=MLP(),
+    bias=Huber("norm"),
+    retention=Decay(),
+    learning=GradientDescent(),
+    refresh=4,
+    inputs=Inputs(gates={"delta": Softplus(0.5)}, rate=Sigmoid(rank=3)),
+)
+
+DESIGNS: dict[str, Design | Pattern] = {
+    "huber": HUBER,
+    "momentum": replace(HUBER, bias=L2(), learning=Momentum(), anchor="origin", inputs=Inputs(conv_size=2)),
+    "signed_kl": replace(
+        HUBER, bias=L2(), retention=SignedKL(), link_at="refresh", inputs=Inputs(rate=Sigmoid(0.3), norm_gain=None)
+    ),
+    "settling": replace(
+        HUBER,
+        memory=GatedMLP(),
+        bias=L2(),
+        retention=ProximalElasticNet(),
+        inputs=Inputs(rate=Constant(0.1), decay=None),
+    ),
+    "gated_delta": models.gated_deltanet(),
+    "two_steps": Design(
+        memory=Matrix(),
+        bias=L2(),
+        retention=Decay(),
+        learning=MultiStep(2),
+        refresh=1,
+        inputs=Inputs(features=Rotary(), weight_std=0.1),
+    ),
+    "per_channel": Design(
+        memory=Matrix(),
+        bias=Dot(),
+        retention=Decay(),
+        learning=GradientDescent(),
+        refresh=4,
+        inputs=Inputs(
+            features=Positive(),
+            conv_size=0,
+            decay=LogDecay(16.0, per_channel=True, rank=3),
+            rate=Sigmoid(per_channel=True),
+            output_gate=False,
+        ),
+    ),
+    "window": ATTENTION,
+    "hybrid": Pattern((HUBER, ATTENTION)),
+}
+
+
+def tokens(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randint(1, 23, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as a batch and its mask."""
+    length = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), length, dtype=torch.long), torch.zeros(len(rows), length, dtype=torch.long)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        ids[i, place], mask[i, place] = row, 1
+    return ids, mask
