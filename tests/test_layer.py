@@ -14,6 +14,7 @@ from torch import Tensor
 from miras.bias import L2, Huber, Robust
 from miras.design import Design, Pattern
 from miras.engine import memorize
+from miras.engine.chunk import run_chunks
 from miras.inputs import Constant, Inputs, LogDecay, Sigmoid, Softplus
 from miras.layer import LayerState, MemoryLayer, default_map
 from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
@@ -169,9 +170,9 @@ def test_autocast_leaves_the_memory_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
     def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(torch.is_autocast_enabled("cpu"))
-        return memorize(*args, **kwargs)
+        return run_chunks(*args, **kwargs)
 
-    monkeypatch.setattr("miras.layer.memorize", spy)
+    monkeypatch.setattr("miras.engine.dispatch.run_chunks", spy)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, _, _ = layer(design()).float()(states(1, 5, 16).float())
     assert seen == [False]

@@ -1,8 +1,21 @@
-"""Miras: sequence models as associative memories that learn at test time."""
+"""Miras: sequence models as associative memories that learn at test time.
+
+A model is four choices (Miras, arXiv 2504.13173, Table 1):
+
+    memory      what maps keys to values        Vector, Matrix, MLP, GatedMLP
+    bias        the inner loss                  Dot, L2, Lp, Huber, Robust, Envelope
+    retention   how it forgets                  L2, Lq, LqRms, LqMirror, KL, SignedKL, ElasticNet, ...
+    learning    the online optimiser            GradientDescent, Momentum, MultiStep, Omega, Muon, NonParametric
+
+`Design` puts them together, `memorize` runs one, `MemoryLayer` is a layer of one, `MirasForCausalLM` a language model, and
+`models` holds the named ones.
+"""
 
 from miras import bias, inputs, learning, memory, models, retention
 from miras.design import Design, Pattern
 from miras.engine import PATHS, AttentionState, MemoryState, explain, memorize
+from miras.layer import MemoryLayer
+from miras.lm import MirasCache, MirasConfig, MirasForCausalLM, MirasModel
 
 __version__ = "0.1.0"
 
@@ -10,7 +23,12 @@ __all__ = [
     "PATHS",
     "AttentionState",
     "Design",
+    "MemoryLayer",
     "MemoryState",
+    "MirasCache",
+    "MirasConfig",
+    "MirasForCausalLM",
+    "MirasModel",
     "Pattern",
     "bias",
     "explain",

@@ -240,4 +240,3 @@ class Envelope(Bias):
 
 def _norm(e: Tensor) -> Tensor:
     return (e.square().sum(-1, keepdim=True) + NORM_EPS).sqrt()
-

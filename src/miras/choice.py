@@ -67,8 +67,7 @@ class Choice:
         for name in data:
             if name != "kind" and name not in allowed:
                 raise ValueError(
-                    f"{kind} has no field {name!r}; allowed: {', '.join(sorted(allowed)) or 'none'}"
-                    f"{_closest(name, allowed)}"
+                    f"{kind} has no field {name!r}; allowed: {', '.join(sorted(allowed)) or 'none'}{_closest(name, allowed)}"
                 )
         values = {name: _decode(value) for name, value in data.items() if name != "kind"}
         return target(**values)  # type: ignore[return-value]

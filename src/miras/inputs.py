@@ -140,30 +140,35 @@ class MambaDecay(GateMap):
 
 @dataclass(frozen=True)
 class Features(Choice, abstract=True):
-    """What happens to q and k [..., D] after their projection (and convolution)."""
+    """What happens to q, k and v after their projection (and convolution)."""
 
     family: ClassVar[str] = "features"
 
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Map q and k [B, T, H, D], `positions` [B, T] counting from the start of each sequence."""
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Map q, k, v [B, T, H, D], `positions` [B, T] counting from the start of each sequence."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Normalized(Features):
-    """q / ||q|| and k / ||k||. Source: Miras Sec. 5.3."""
+    """q / ||q|| and k / ||k||, and with `values` v / ||v|| too. Source: Miras Sec. 5.3 (q and k).
 
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return _unit(q), _unit(k)
+    Unit values keep the targets of a deep memory at the size of its normalised output (docs/results/parametrisation.md).
+    """
+
+    values: bool = False
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _unit(q), _unit(k), _unit(v) if self.values else v
 
 
 @dataclass(frozen=True)
 class Positive(Features):
     """Feature map of linear attention: 1 + elu(x), scaled by 1 / sqrt(D). Source: Katharopoulos et al. 2020, Eq. 7."""
 
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = q.shape[-1] ** -0.5
-        return scale * (1 + F.elu(q)), scale * (1 + F.elu(k))
+        return scale * (1 + F.elu(q)), scale * (1 + F.elu(k)), v
 
 
 @dataclass(frozen=True)
@@ -172,7 +177,7 @@ class Rotary(Features):
 
     theta: float = 10000.0
 
-    def __call__(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         half = q.shape[-1] // 2
         require(q.shape[-1] == 2 * half, f"Rotary needs an even head width, got {q.shape[-1]}")
         frequency = self.theta ** (-torch.arange(half, device=q.device, dtype=torch.float32) / half)
@@ -183,18 +188,19 @@ class Rotary(Features):
             a, b = x[..., :half], x[..., half:]
             return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
-        return rotate(q), rotate(k)
+        return rotate(q), rotate(k), v
 
 
 @dataclass(frozen=True)
 class Inputs(Choice):
     """How a layer makes q, k, v and the gates, and how it draws the initial memory.
 
-    features    map on q and k after projection, convolution of width `conv_size` (0: none) and `activation`
+    features    map on q, k and v after projection, convolution of width `conv_size` (0: none) and `activation`
     rate        eta_t >= 0; decay: log alpha_t <= 0, None for no forgetting
     gates       maps of the gates that the bias and the learning declare; those left out start at their own initial value
-    weight_std  spread of the initial fast weights
-    norm_gain   initial gain of the memory's own normalisation, a learned slow parameter; None leaves it out
+    weight_std  spread of the initial fast weights in units of 1 / sqrt(head_dim) (of initial logits: as it is)
+    norm_gain   initial Euclidean norm of the memory's normalised output; its gain and bias are then learned slow
+                parameters, the gain starting at norm_gain / sqrt(head_dim). None leaves them out (gain 1)
     output_gate, output_norm  of the layer's read-out
     """
 
@@ -206,8 +212,8 @@ class Inputs(Choice):
     gates: Mapping[str, GateMap] = field(default_factory=dict[str, GateMap])
     conv_size: int = 4
     activation: str | None = "silu"
-    weight_std: float = 0.3
-    norm_gain: float | None = 1.0
+    weight_std: float = 1.7
+    norm_gain: float | None = 1.4
     output_norm: bool = True
     output_gate: bool = True
 
@@ -223,5 +229,3 @@ def _unit(x: Tensor) -> Tensor:
 
 def _inverse_softplus(y: float) -> float:
     return y + math.log(-math.expm1(-y))
-
-

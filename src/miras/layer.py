@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -242,21 +241,20 @@ class MemoryLayer(nn.Module):
             require(past.rows == num_rows, f"the cache holds {past.rows} sequences, the batch has {num_rows}")
         here = past if past is None or rows is None else past.index_select(rows)
         stream = self._stream(x, here, packing, keep)
-        with _no_autocast(x.device.type):
-            out, memory = memorize(
-                stream.q,
-                stream.k,
-                stream.v,
-                design=self.design,
-                weights=self._weights(),
-                lr=stream.lr,
-                log_decay=stream.log_decay,
-                gates=stream.gates,
-                initial_state=here.memory if here is not None else None,
-                output_final_state=keep,
-                cu_seqlens=packing.bounds if packing is not None else None,
-                check=False,
-            )
+        out, memory = memorize(
+            stream.q,
+            stream.k,
+            stream.v,
+            design=self.design,
+            weights=self._weights(),
+            lr=stream.lr,
+            log_decay=stream.log_decay,
+            gates=stream.gates,
+            initial_state=here.memory if here is not None else None,
+            output_final_state=keep,
+            cu_seqlens=packing.bounds if packing is not None else None,
+            check=False,
+        )
         o = self._read_out(out, x)
         if not keep:
             return o, None
@@ -361,12 +359,6 @@ def pack_rows(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | Non
         require(attention_mask is None, "give attention_mask or cu_seqlens, not both: packed sequences have no padding")
         return Packing.from_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
     return None if attention_mask is None else Packing.from_mask(attention_mask, x.shape[0], x.shape[1])
-
-
-def _no_autocast(device_type: str) -> AbstractContextManager[Any]:
-    # Autocast would run the memory's products in half precision, whose errors its state would add up.
-    usable = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if usable else nullcontext()
 
 
 def _positions(x: Tensor, past: LayerState | None, packing: Packing | None) -> Tensor:

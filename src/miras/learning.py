@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from miras.choice import Choice, Gate, require
@@ -150,11 +149,11 @@ class Omega(Learning):
 
 @dataclass(frozen=True)
 class Muon(Momentum):
-    """Momentum whose S is orthogonalised at window ends by Newton-Schulz, keeping its Frobenius norm.
+    """Momentum that enters D orthogonalised at window ends, by Newton-Schulz, keeping its Frobenius norm.
 
-    S <- ||S||_F NS(S) / sqrt(rank), rank = min(d_in, d_out), before it is added to D; inside a window it is `Momentum`.
-    Source: Muon (Jordan 2024) for the quintic iteration, Atlas (arXiv 2505.23735) Sec. 5; the norm is kept so that the
-    rate keeps its meaning and an idle memory stays idle.
+    D_t = alpha_t D_{t-1} + ||S_t||_F NS(S_t) / sqrt(min(d_in, d_out)) at a window end; S itself stays as it is, and inside
+    a window the rule is `Momentum`. Source: Muon (Jordan 2024) for the quintic iteration, Atlas (arXiv 2505.23735) Sec. 5;
+    the norm is kept so that the rate keeps its meaning and an idle memory stays idle.
     """
 
     steps: int = 5
@@ -166,8 +165,7 @@ class Muon(Momentum):
         require(self.steps >= 1, f"Muon steps={self.steps}; must be at least 1 Newton-Schulz iteration")
 
     def settle(self, z: Slots) -> Slots:
-        settled = orthogonalize(z[1], self.steps)
-        return (z[0] - z[1] + settled, settled)
+        return (z[0] - z[1] + orthogonalize(z[1], self.steps), z[1])
 
 
 @dataclass(frozen=True)

@@ -69,9 +69,7 @@ class GateProjection(nn.Module):
     map gives one, and is left out where the map does not depend on the hidden state.
     """
 
-    def __init__(
-        self, gate: GateMap, hidden_size: int, num_heads: int, channels: int | None = None, steps: int = 1
-    ) -> None:
+    def __init__(self, gate: GateMap, hidden_size: int, num_heads: int, channels: int | None = None, steps: int = 1) -> None:
         super().__init__()
         self.gate, self.steps = gate, steps
         self.shape = (num_heads,) if channels is None else (num_heads, channels)

@@ -133,7 +133,8 @@ class LqMirror(Retention):
 
     def link(self, dual: Tensor) -> Tensor:
         size = _power_sum(dual, self.q).pow(1 / self.q)
-        return dual * (dual / size).abs().pow(self.q - 2)
+        # Away from 0, where the power's own slope is infinite for q < 3.
+        return dual * (dual / size).abs().clamp_min(POWER_EPS).pow(self.q - 2)
 
     def unlink(self, weight: Tensor) -> Tensor:
         r = self.q / (self.q - 1)
@@ -198,7 +199,8 @@ class SignedKL(Retention):
         n = weight.shape[-2]
         # sinh(A) = s W with s = sum cosh(A) / mass, a fixed point in s: s = sum sqrt(1 + (s W)^2) / mass.
         require(
-            bool((weight.abs().sum(-2) < mass).all()), f"SignedKL(mass={mass:g}) needs the column sums of |W| below mass"
+            bool((weight.abs().sum(-2) < mass).all()),
+            f"SignedKL(mass={mass:g}) needs the column sums of |W| below mass",
         )
         scale = weight.new_full((*weight.shape[:-2], 1, weight.shape[-1]), n / mass)
         for _ in range(200):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,15 +20,17 @@ def run_attention(
     if state is not None:
         k, v = torch.cat((state.keys.to(k.dtype), k), dim=1), torch.cat((state.values.to(v.dtype), v), dim=1)
     past = k.shape[1] - num_tokens
-    heads = [x.transpose(1, 2) for x in (q, k, v)]
+    query, key, value = (x.transpose(1, 2) for x in (q, k, v))
     if past == 0 and (window is None or window >= num_tokens):
-        out = F.scaled_dot_product_attention(*heads, is_causal=True)
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     else:
         mask = _visible(num_tokens, past, window, length.to(q.device))
-        out = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
     start = k.shape[1] - keep
-    return out.transpose(1, 2), AttentionState(k[:, start:], v[:, start:], (length + num_tokens).clamp_max(keep))
+    # Copies: a view would keep every key and value of a long prompt alive behind a short window.
+    keys, values = (x[:, start:].clone() if start > 0 else x for x in (k, v))
+    return out.transpose(1, 2), AttentionState(keys, values, (length + num_tokens).clamp_max(keep))
 
 
 def _visible(num_tokens: int, past: int, window: int | None, length: Tensor) -> Tensor:
@@ -38,3 +42,27 @@ def _visible(num_tokens: int, past: int, window: int | None, length: Tensor) -> 
         seen = seen & (key > query - window)
     real = key >= past - length[:, None]
     return seen & real[:, None, None, :]
+
+
+def run_packed(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, state: AttentionState | None, cu_seqlens: Tensor
+) -> tuple[Tensor, AttentionState]:
+    """The same for sequences packed into one row, one after the other; the state has a row for each."""
+    bounds = cu_seqlens.tolist()
+    outputs, ends = [], []
+    for row, (start, stop) in enumerate(pairwise(bounds)):
+        past = None if state is None else state.index_select(torch.tensor([row]))
+        out, end = run_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], window, past)
+        outputs.append(out)
+        ends.append(end)
+    longest = max(end.keys.shape[1] for end in ends)
+
+    def right(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, 0, longest - x.shape[1], 0))
+
+    final = AttentionState(
+        torch.cat([right(end.keys) for end in ends]),
+        torch.cat([right(end.values) for end in ends]),
+        torch.cat([end.length for end in ends]),
+    )
+    return torch.cat(outputs, dim=1), final

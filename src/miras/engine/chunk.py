@@ -35,10 +35,10 @@ MAX_RUN = 64
 
 
 class Run(NamedTuple):
-    """`count` consecutive blocks of `length` gradient steps from `start`; `ends`: each one ends a window."""
+    """`blocks` consecutive blocks of `length` gradient steps from `start`; `ends`: each one ends a window."""
 
     start: int
-    count: int
+    blocks: int
     length: int
     ends: bool
 
@@ -77,8 +77,8 @@ def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:
             length = min(length, refresh - phase)
         ends = (phase + length) % refresh == 0
         last = runs[-1] if runs else None
-        if last is not None and last.length == length and last.ends == ends and last.count < MAX_RUN:
-            runs[-1] = last._replace(count=last.count + 1)
+        if last is not None and last.length == length and last.ends == ends and last.blocks < MAX_RUN:
+            runs[-1] = last._replace(blocks=last.blocks + 1)
         else:
             runs.append(Run(start, 1, length, ends))
         start, phase = start + length, (phase + length) % refresh
@@ -118,8 +118,8 @@ class _Block:
     def _blocks(self, x: Tensor) -> Tensor:
         """[B, H, N, ...] -> [n, B, H, b, ...] for the steps of this run."""
         run = self.run
-        x = x[:, :, run.start : run.start + run.count * run.length]
-        return x.unflatten(2, (run.count, run.length)).movedim(2, 0).contiguous()
+        x = x[:, :, run.start : run.start + run.blocks * run.length]
+        return x.unflatten(2, (run.blocks, run.length)).movedim(2, 0).contiguous()
 
     def scan(self, state: Slots) -> Tensor:
         """Move the state over the run; outputs [B, H, n * b, V]."""
@@ -128,7 +128,7 @@ class _Block:
         factors: list[dict[str, Factors]] = []
         settled: list[dict[str, Tensor]] = []
         weights = self._point_weights(state)
-        for index in range(self.run.count):
+        for index in range(self.run.blocks):
             starts.append({name: list(z) for name, z in state.slots.items()})
             points.append(dict(state.point))
             factors.append(self._errors(index, state, weights))
@@ -155,7 +155,7 @@ class _Block:
         def at_step(name: str, x: Tensor, t: int) -> Tensor:
             return carried(x, state.slots[name], [c[..., t : t + 1] for c in carry], self.shapes[name])
 
-        mixes = {name: self.mix_before[index] for name in self.shapes}
+        mixes = dict.fromkeys(self.shapes, self.mix_before[index])
         return substituted_errors(self.design, self.shapes, self._steps(index), self._start, mixes, at_step)
 
     def _frozen_at(self, index: int, state: Slots, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ class _Block:
 
     def _start(self, name: str, x: Tensor) -> Tensor:
         """The anchor's share of a product."""
-        return x @ self.anchor[name] if self.anchored else x.new_zeros(())
+        return shared_product(x, self.anchor[name]) if self.anchored else x.new_zeros(())
 
     def _write(self, index: int, state: Slots, factors: dict[str, Factors]) -> None:
         system = self.system.block(index)
@@ -219,7 +219,9 @@ class _Block:
             linear = self._token_reader(stacked)
         out = self.memory(q, linear, self.problem.slow)
         if self.exact_end:
-            ends = {name: self.design.link(self.anchor[name] + torch.stack([s[name] for s in settled])) for name in self.shapes}
+            ends = {
+                name: self.design.link(self.anchor[name] + torch.stack([s[name] for s in settled])) for name in self.shapes
+            }
             last = self.memory(q[..., -1:, :], lambda name, h: h @ ends[name], self.problem.slow)
             out = torch.cat((out[..., :-1, :], last), dim=-2)
         return out.movedim(0, 2).flatten(2, 3)
@@ -259,9 +261,13 @@ class _Block:
     def _deviation(self, name: str, h: Tensor, stacked: Stacked) -> Tensor:
         slots, pairs = stacked[name]
         shape = self.shapes[name]
-        return carried(h, slots, self.system.carry, shape) + masked_product(
-            h, pairs, self.system.mix, shape.channel_axis
-        )
+        return carried(h, slots, self.system.carry, shape) + masked_product(h, pairs, self.system.mix, shape.channel_axis)
+
+
+def shared_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight for x [..., H, b, d_in] and weight [H, d_in, d_out], as one large product a head."""
+    rows = x.movedim(-3, 0)
+    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim(0, -3)
 
 
 def spread(gate: Tensor, shape: WeightShape) -> Tensor:

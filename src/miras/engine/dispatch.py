@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from miras.design import Design
-from miras.engine.attention import run_attention
+from miras.engine.attention import run_attention, run_packed
 from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_values
 from miras.engine.ragged import run_ragged
@@ -147,10 +147,9 @@ def memorize(
     Source: the recurrence of docs/equations.md (Miras Eq. 4 and Sec. 3).
     """
     weights, gates = weights or {}, gates or {}
-    given = {"weights": weights, "lr": lr, "log_decay": log_decay, "gates": gates}
-    check_inputs(q, k, v, design=design, cu_seqlens=cu_seqlens, **given)
+    check_inputs(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates, cu_seqlens=cu_seqlens)
     if check:
-        check_values(q, k, v, design=design, **given)
+        check_values(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
     chosen = plan(design, path, per_channel)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -158,18 +157,40 @@ def memorize(
         raise ValueError(f"initial_state has {initial_state.rows} rows; this call has {rows} sequences")
     if not design.parametric:
         assert initial_state is None or isinstance(initial_state, AttentionState)
-        out, final = _attend(q, k, v, design, initial_state, cu_seqlens)
+        window = getattr(design.learning, "window", None)
+        if cu_seqlens is None:
+            out, final = run_attention(q, k, v, window, initial_state)
+        else:
+            out, final = run_packed(q, k, v, window, initial_state, cu_seqlens)
         return out.to(v.dtype), final if output_final_state else None
     assert lr is not None and (initial_state is None or isinstance(initial_state, MemoryState))
-    with torch.inference_mode(False):
-        problem = build_problem(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
-        out, state = _run(problem, chosen, initial_state, cu_seqlens)
+    problem = build_problem(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
+    tensors = problem.tensors() + ([] if initial_state is None else initial_state.tensors())
+    learned = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    # The inner gradients need autograd, which inference mode forbids; leaving it alone would switch the outer graph on.
+    with torch.inference_mode(False), torch.set_grad_enabled(learned), _no_autocast(q.device.type):
+        past = None if initial_state is None else initial_state.map(_tracked)
+        out, state = _run(_tracked_problem(problem), chosen, past, cu_seqlens)
     return out.to(v.dtype), state if output_final_state else None
 
 
-def _run(
-    problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, MemoryState]:
+def _no_autocast(device_type: str) -> AbstractContextManager[object]:
+    # Autocast would run the memory's products in half precision, whose errors its state would add up.
+    usable = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if usable else nullcontext()
+
+
+def _tracked(x: Tensor) -> Tensor:
+    """x, copied if it was made in inference mode, where autograd cannot use it."""
+    return x.clone() if x.is_inference() else x
+
+
+def _tracked_problem(problem: Problem) -> Problem:
+    weights, slow = ({name: _tracked(x) for name, x in group.items()} for group in (problem.weights, problem.slow))
+    return replace(problem.mapped(_tracked), weights=weights, slow=slow)
+
+
+def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MemoryState]:
     n = problem.design.learning.micro_steps
     lengths = torch.full((problem.q.shape[0],), problem.num_steps)
     source = None
@@ -202,29 +223,3 @@ def _unpack(problem: Problem, bounds: Tensor) -> tuple[Problem, Tensor]:
 
     real = (place < lengths[:, None]).flatten().nonzero().squeeze(1).to(problem.q.device)
     return problem.mapped(unpack), real
-
-
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, design: Design, state: AttentionState | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, AttentionState]:
-    window = getattr(design.learning, "window", None)
-    if cu_seqlens is None:
-        return run_attention(q, k, v, window, state)
-    bounds = cu_seqlens.tolist()
-    outputs, ends = [], []
-    for row, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        past = None if state is None else state.index_select(torch.tensor([row]))
-        out, end = run_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], window, past)
-        outputs.append(out)
-        ends.append(end)
-    longest = max(end.keys.shape[1] for end in ends)
-
-    def right(x: Tensor) -> Tensor:
-        return F.pad(x, (0, 0, 0, 0, longest - x.shape[1], 0))
-
-    final = AttentionState(
-        torch.cat([right(end.keys) for end in ends]),
-        torch.cat([right(end.values) for end in ends]),
-        torch.cat([end.length for end in ends]),
-    )
-    return torch.cat(outputs, dim=1), final

@@ -46,7 +46,9 @@ def bias_gates(design: Design, k: Tensor, lr: Tensor, gates: dict[str, Tensor]) 
     return found
 
 
-def frozen_errors(design: Design, shapes: dict[str, WeightShape], weights: dict[str, Tensor], steps: Steps) -> dict[str, Factors]:
+def frozen_errors(
+    design: Design, shapes: dict[str, WeightShape], weights: dict[str, Tensor], steps: Steps
+) -> dict[str, Factors]:
     """Factors of a block whose gradients are all taken at `weights` [..., d_in, d_out]."""
     return _errors(design, shapes, steps, lambda name, x: x @ weights[name])
 
@@ -72,9 +74,7 @@ def _errors(design: Design, shapes: dict[str, WeightShape], steps: Steps, linear
         error = design.bias.gradient(y if outer else y.detach(), steps.v, steps.gates)
         grads = torch.autograd.grad(y, list(outputs.values()), error, create_graph=outer)
     pairs = zip(outputs, grads, strict=True)
-    return {
-        name: _factors(inputs[name] if outer else inputs[name].detach(), g, steps.lr, shapes[name]) for name, g in pairs
-    }
+    return {name: _factors(inputs[name] if outer else inputs[name].detach(), g, steps.lr, shapes[name]) for name, g in pairs}
 
 
 def _factors(x: Tensor, g: Tensor, lr: Tensor, shape: WeightShape) -> Factors:
@@ -134,7 +134,9 @@ class TriangularSolver:
         if design.bias.slope == "constant":
             return
         self.slope = (design.bias.gradient(torch.ones_like(zero), steps.v, steps.gates) - self.offset)[..., :1]
-        keys = _factors(steps.k, torch.ones_like(zero[..., :1]), steps.lr, shape) if steps.lr.dim() == steps.k.dim() else None
+        keys = (
+            _factors(steps.k, torch.ones_like(zero[..., :1]), steps.lr, shape) if steps.lr.dim() == steps.k.dim() else None
+        )
         weighted = keys.x if keys is not None else -steps.lr.unsqueeze(-1) * steps.k
         system = -self.slope * scores(steps.k, weighted, mix, shape.channel_axis)
         identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -122,6 +123,11 @@ class Problem:
         weight = self.weights[name]
         return weight if self.design.anchor == "initial" else torch.zeros_like(weight)
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the problem."""
+        sequences = [self.q, self.k, self.v, self.lr, self.log_decay]
+        return [*sequences, *self.gates.values(), *self.weights.values(), *self.slow.values()]
+
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Problem:
         """The problem with every sequence [B, H, N, ...] changed by a function."""
         sequences = {name: function(getattr(self, name)) for name in ("q", "k", "v", "lr", "log_decay")}
@@ -233,14 +239,15 @@ def check_values(
         if x is not None and not bool(torch.isfinite(x).all()):
             raise ValueError(f"{name} holds NaN or infinite numbers ({int((~torch.isfinite(x)).sum())} of {x.numel()})")
     if lr is not None and bool((lr < 0).any()):
-        raise ValueError(f"lr holds negative rates (smallest {float(lr.min()):g}); eta must be >= 0")
+        raise ValueError(f"lr holds negative rates (smallest {float(lr.detach().min()):g}); eta must be >= 0")
     if log_decay is not None and bool((log_decay > 0).any()):
         raise ValueError(
-            f"log_decay holds positive numbers (largest {float(log_decay.max()):g}); it is log alpha with alpha in "
+            f"log_decay holds positive numbers (largest {float(log_decay.detach().max()):g}); it is log alpha with alpha in "
             "(0, 1], so it must be <= 0. Decay factors themselves? Pass their logarithm"
         )
     for gate in design.gates:
-        low, high = float(gates[gate.name].min()), float(gates[gate.name].max())
+        values = gates[gate.name].detach()
+        low, high = float(values.min()), float(values.max())
         require(
             gate.minimum <= low and high <= gate.maximum,
             f"gate {gate.name!r} lies in [{low:g}, {high:g}]; allowed: [{gate.minimum:g}, {gate.maximum:g}]",
@@ -276,7 +283,7 @@ def _check_weights(weights: Mapping[str, Tensor], design: Design, q: Tensor, k: 
     shapes = design.memory.weights(k.shape[-1], v.shape[-1])
     heads = q.shape[2]
     allowed = {name: (heads, shape.d_in, shape.d_out) for name, shape in shapes.items()}
-    optional = {name: (heads, v.shape[-1]) for name in design.slow_names(v.shape[-1])}
+    optional = dict.fromkeys(design.slow_names(v.shape[-1]), (heads, v.shape[-1]))
     missing = [name for name in allowed if name not in weights]
     unknown = [name for name in weights if name not in allowed and name not in optional]
     require(
@@ -289,9 +296,7 @@ def _check_weights(weights: Mapping[str, Tensor], design: Design, q: Tensor, k: 
         require(tuple(x.shape) == shape, f"weight {name!r} has shape {tuple(x.shape)}; must be {shape} [H, d_in, d_out]")
 
 
-def _check_gate(
-    name: str, gate: Tensor, shape: tuple[int, ...], design: Design, k: Tensor | None, v: Tensor | None
-) -> None:
+def _check_gate(name: str, gate: Tensor, shape: tuple[int, ...], design: Design, k: Tensor | None, v: Tensor | None) -> None:
     if not isinstance(gate, Tensor) or not gate.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {getattr(gate, 'dtype', type(gate).__name__)}")
     if tuple(gate.shape) == shape:
@@ -324,6 +329,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, q: Tensor) -> None:
         raise ValueError("cu_seqlens must be a one-dimensional integer tensor [0, end of first, ..., T]")
     bounds = cu_seqlens.tolist()
     require(
-        bounds[0] == 0 and bounds[-1] == q.shape[1] and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
+        bounds[0] == 0 and bounds[-1] == q.shape[1] and all(a < b for a, b in pairwise(bounds)),
         f"cu_seqlens={bounds}; must start at 0, rise strictly (no empty sequence) and end at T={q.shape[1]}",
     )

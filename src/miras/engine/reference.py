@@ -39,7 +39,7 @@ def run_reference(problem: Problem, state: MemoryState) -> tuple[Tensor, MemoryS
                 settled = design.learning.settle(slots[name])
                 first = design.retention.settle(anchor[name] + settled[0]) - anchor[name]
                 slots[name], point[name], phase = (first, *settled[1:]), first, 0
-        weights = {name: _read_weight(problem, name, anchor[name], slots[name][0], point[name], ends) for name in slots}
+        weights = {name: _read_weight(problem, anchor[name], slots[name][0], point[name], ends) for name in slots}
         outputs.append(_predict(problem, weights, problem.q[:, :, t]))
     final = MemoryState(
         {name: torch.stack(z, dim=2) for name, z in slots.items()},
@@ -71,7 +71,7 @@ def _predict(problem: Problem, weights: Weights, x: Tensor) -> Tensor:
     return y.squeeze(2)
 
 
-def _read_weight(problem: Problem, name: str, anchor: Tensor, now: Tensor, point: Tensor, exact: bool) -> Tensor:
+def _read_weight(problem: Problem, anchor: Tensor, now: Tensor, point: Tensor, exact: bool) -> Tensor:
     """W_t for the read-out: link(A_t), or inside a window of a link taken at refreshes its tangent from there."""
     design = problem.design
     assert design.retention is not None

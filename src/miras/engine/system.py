@@ -59,9 +59,7 @@ def build_system(log_decays: tuple[Tensor, ...]) -> System:
             product = mask if product is None else product @ mask
         carries.append(carry)
         mixes.append(product)
-    move = tuple(
-        (*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries)
-    )
+    move = tuple((*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries))
     return System(mixes[0], tuple(carries[0]), tuple(x[..., -1, :] for x in mixes), move)
 
 

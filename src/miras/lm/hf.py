@@ -211,9 +211,7 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         return None
 
 
-def _collated_bounds(
-    given: Tensor, mask: Tensor | None, cache: MirasCache | None, kwargs: dict[str, Any]
-) -> Tensor | None:
+def _collated_bounds(given: Tensor, mask: Tensor | None, cache: MirasCache | None, kwargs: dict[str, Any]) -> Tensor | None:
     """cu_seqlens as Hugging Face's flattening collators say it: `cu_seq_lens_q`, or positions that start again at 0."""
     if kwargs.get("cu_seq_lens_q") is not None:
         return kwargs["cu_seq_lens_q"]
