@@ -24,7 +24,8 @@ class MirasConfig(PretrainedConfig):
     design                 a Design, a Pattern of designs over the layers, or what their `to_dict` gives (default: Yaad)
     num_heads, head_dim    heads of a layer, and their width (default hidden_size / num_heads)
     intermediate_size      width of the MLP (default 2/3 * hidden_ratio * hidden_size, rounded up to a multiple of 32)
-    initializer_range      spread of the initial projections and embeddings; memories and gates have their design's own
+    initializer_range      spread of the initial projections and embeddings (default 1 / sqrt(hidden_size); 0.02 keeps small
+                           models from learning recall, docs/results); memories and gates have their design's own
     max_position_embeddings  for information only: nothing in the model depends on it
 
     Layer i uses `config.layer_design(i)`; `config.arrangement` is the design or pattern as an object.
@@ -51,7 +52,7 @@ class MirasConfig(PretrainedConfig):
         hidden_ratio: float = 4,
         intermediate_size: int | None = None,
         norm_eps: float = 1e-5,
-        initializer_range: float = 0.02,
+        initializer_range: float | None = None,
         tie_word_embeddings: bool = True,
         max_position_embeddings: int = 4096,
         use_cache: bool = True,
@@ -75,9 +76,10 @@ class MirasConfig(PretrainedConfig):
         if intermediate_size is None:
             width = int(2 * hidden_ratio * hidden_size / 3)
             self.intermediate_size = MLP_MULTIPLE * -(-width // MLP_MULTIPLE)
-        self.norm_eps, self.initializer_range = norm_eps, initializer_range
+        self.norm_eps = norm_eps
+        self.initializer_range = hidden_size**-0.5 if initializer_range is None else initializer_range
         self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        shared = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+        shared: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
         super().__init__(**{**shared, "tie_word_embeddings": tie_word_embeddings, **kwargs})
 
     @property

@@ -189,7 +189,8 @@ class MirasForCausalLM(MirasPreTrainedModel, GenerationMixin):
         if labels is not None:
             if cu_seqlens is not None:
                 labels = labels.index_fill(1, cu_seqlens[:-1].to(labels.device).long(), IGNORED)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss_function: Any = self.loss_function
+            loss = loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,0 +1,73 @@
+"""Multi-query associative recall by the named models at their best honest settings.
+
+    python benchmarks/mqar.py --out docs/results/mqar.json [--models yaad moneta] [--seeds 0 1 2]
+
+128 tokens, 12 pairs, 2 layers of width 64 with 2 heads, 400 steps of batch 32 on fresh samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import miras
+from miras.evals.recall import MQAR, Recipe, solve
+
+SETTINGS: dict[str, tuple[dict, dict]] = {
+    "yaad": ({}, {}),
+    "moneta": ({}, {}),
+    "memora": ({}, {}),
+    "gated_deltanet": ({}, {}),
+    "transformer": ({}, {}),
+}
+"""Per model: overrides of its design, and of the training recipe."""
+
+
+def run(name: str, seed: int, task: MQAR) -> dict:
+    """One training run; its settings and what it gave."""
+    overrides, training = SETTINGS[name]
+    torch.manual_seed(seed)
+    design = miras.models.named(name, **overrides)
+    config = miras.MirasConfig(
+        design=design, vocab_size=task.vocab_size, hidden_size=64, num_hidden_layers=2, num_heads=2
+    )
+    model = miras.MirasForCausalLM(config)
+    recipe = Recipe(seed=seed, **training)
+    result = solve(model, task, recipe)
+    return {
+        "model": name,
+        "seed": seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "accuracy": result.accuracy,
+        "largest_gradient": result.largest_gradient,
+        "seconds": result.seconds,
+        "lr": recipe.lr,
+        "losses": [round(sum(result.losses[i : i + 20]) / 20, 4) for i in range(0, len(result.losses), 20)],
+        "design": overrides,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    done = {(row["model"], row["seed"]) for row in rows}
+    for seed in arguments.seeds:
+        for name in arguments.models:
+            if (name, seed) in done:
+                continue
+            rows.append(run(name, seed, MQAR()))
+            arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+            print(name, seed, f"{rows[-1]['accuracy']:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
