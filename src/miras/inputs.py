@@ -201,6 +201,8 @@ class Inputs(Choice):
     weight_std  spread of the initial fast weights in units of 1 / sqrt(head_dim) (of initial logits: as it is)
     norm_gain   initial Euclidean norm of the memory's normalised output; its gain and bias are then learned slow
                 parameters, the gain starting at norm_gain / sqrt(head_dim). None leaves them out (gain 1)
+    aligned     q_proj starts as a copy of k_proj (the first n-th of it with n micro-steps), so that a memory can be read
+                where it was written from the first training step on
     output_gate, output_norm  of the layer's read-out
     """
 
@@ -214,6 +216,7 @@ class Inputs(Choice):
     activation: str | None = "silu"
     weight_std: float = 1.7
     norm_gain: float | None = 1.4
+    aligned: bool = False
     output_norm: bool = True
     output_gate: bool = True
 

@@ -139,6 +139,8 @@ class MemoryLayer(nn.Module):
         self._add_projections(norm_eps)
         if design.parametric:
             self._add_memory()
+        if design.inputs.aligned:
+            self.align()
 
     def _add_projections(self, norm_eps: float) -> None:
         inputs, steps, width = self.design.inputs, self.design.learning.micro_steps, self.num_heads * self.head_dim
@@ -182,6 +184,11 @@ class MemoryLayer(nn.Module):
         for name, gate in gates.items():
             require(not gate.per_channel, f"gate {name!r} is one number a head; give its map per_channel=False")
         self.gate_projs = nn.ModuleDict({name: self._gate(name, gate, steps) for name, gate in gates.items()})
+
+    @torch.no_grad()
+    def align(self) -> None:
+        """Start the query projection as a copy of the (first) key projection."""
+        self.q_proj.weight.copy_(self.k_proj.weight[: self.q_proj.out_features])
 
     def _gate(self, name: str, gate: GateMap, steps: int) -> GateProjection:
         assert self.design.memory is not None

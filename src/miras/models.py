@@ -24,7 +24,7 @@ from miras.retention import LqRms, Retention, SignedKL
 
 def deep_inputs(rate: float = 1.0, **overrides: Any) -> Inputs:
     """How the deep memories are fed: unit q, k and v, a rate from `rate` to twice that, a decay over a thousand tokens."""
-    base = Inputs(features=Normalized(values=True), rate=Sigmoid(rate, 2 * rate), decay=LogDecay(1000.0))
+    base = Inputs(Normalized(values=True), Sigmoid(rate, 2 * rate), LogDecay(1000.0), aligned=True)
     return replace(base, **overrides)
 
 

@@ -321,6 +321,8 @@ class FDivergence(Retention):
     def link(self, dual: Tensor) -> Tensor:
         g, slope, limit = _DIVERGENCES[self.name]
         n = dual.shape[-2]
+        # Shifts change nothing but the rounding of A - zeta.
+        dual = dual - dual.detach().amax(-2, keepdim=True)
         with torch.no_grad():
             high = dual.amax(-2, keepdim=True)
             low = torch.maximum(dual.amin(-2, keepdim=True), high - limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from miras import models
-from miras.design import Pattern
+from miras.bias import L2
+from miras.design import Design, Pattern
+from miras.inputs import Inputs
+from miras.learning import MultiStep
 from miras.lm import MirasConfig, MirasForCausalLM, MirasModel
+from miras.memory import MLP
+from miras.retention import L2 as Decay
 
 Build = Callable[..., MirasForCausalLM]
 every_design = pytest.mark.parametrize("name", DESIGNS)
@@ -104,6 +110,24 @@ def test_initial_values(name: str) -> None:
         if "bias" in expected:
             torch.testing.assert_close(attn.b_proj.bias.detach(), expected["bias"])
         assert all(p._no_weight_decay for p in attn.memory.parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_aligned_projections_start_equal_and_load_as_trained(steps: int, tmp_path: Path) -> None:
+    inputs = Inputs(aligned=True)
+    design = Design(MLP(), L2(), Decay(), MultiStep(steps), inputs=inputs)
+    model = MirasForCausalLM(MirasConfig(design=design, **SIZES))
+    for layer in model.model.layers:
+        q, k = layer.attn.q_proj.weight, layer.attn.k_proj.weight
+        assert torch.equal(q, k[: q.shape[0]])
+        assert q.detach().std() > 0
+    with torch.no_grad():
+        model.model.layers[0].attn.q_proj.weight.add_(1.0)
+    model.save_pretrained(tmp_path)
+    loaded = MirasForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded.model.layers[0].attn.q_proj.weight, model.model.layers[0].attn.q_proj.weight)
+    free = MirasForCausalLM(MirasConfig(design=replace(design, inputs=Inputs()), **SIZES)).model.layers[0].attn
+    assert not torch.equal(free.q_proj.weight, free.k_proj.weight[: free.q_proj.out_features])
 
 
 def test_missing_weights_get_their_initial_values(build: Build, tmp_path: Path, caplog: Any) -> None:

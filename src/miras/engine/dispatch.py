@@ -13,7 +13,7 @@ from torch import Tensor
 from miras.design import Design
 from miras.engine.attention import run_attention, run_packed
 from miras.engine.chunk import run_chunks
-from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_values
+from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
 
@@ -153,8 +153,8 @@ def memorize(
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
     chosen = plan(design, path, per_channel)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
-    if initial_state is not None and initial_state.rows != rows:
-        raise ValueError(f"initial_state has {initial_state.rows} rows; this call has {rows} sequences")
+    if initial_state is not None:
+        check_state(initial_state, design, rows, k, v)
     if not design.parametric:
         assert initial_state is None or isinstance(initial_state, AttentionState)
         window = getattr(design.learning, "window", None)

@@ -222,6 +222,27 @@ def check_inputs(
         _check_gate(name, gate, (k.shape[0], steps, k.shape[2]), design, None, None)
 
 
+def check_state(state: State, design: Design, rows: int, k: Tensor, v: Tensor) -> None:
+    """That a state is one of this design, at these sizes. Raises ValueError or TypeError."""
+    wanted = MemoryState if design.parametric else AttentionState
+    if not isinstance(state, wanted):
+        raise TypeError(
+            f"initial_state is a {type(state).__name__}; this design goes on from the {wanted.__name__} that an earlier "
+            "call with it returned"
+        )
+    require(state.rows == rows, f"initial_state has {state.rows} rows; this call has {rows} sequences")
+    heads = k.shape[2]
+    if isinstance(state, MemoryState):
+        assert design.memory is not None
+        shapes = design.memory.weights(k.shape[-1], v.shape[-1])
+        expected = {name: (heads, design.learning.slots, x.d_in, x.d_out) for name, x in shapes.items()}
+        given = {name: tuple(x.shape[1:]) for name, x in state.slots.items()}
+    else:
+        expected = {"keys": (heads, k.shape[-1]), "values": (heads, v.shape[-1])}
+        given = {"keys": tuple(state.keys.shape[2:]), "values": tuple(state.values.shape[2:])}
+    require(given == expected, f"initial_state holds {given} a row; this call needs {expected}")
+
+
 def check_values(
     q: Tensor,
     k: Tensor,

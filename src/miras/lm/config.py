@@ -79,8 +79,13 @@ class MirasConfig(PretrainedConfig):
         self.norm_eps = norm_eps
         self.initializer_range = hidden_size**-0.5 if initializer_range is None else initializer_range
         self.max_position_embeddings, self.use_cache = max_position_embeddings, use_cache
-        shared: dict[str, Any] = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
-        super().__init__(**{**shared, "tie_word_embeddings": tie_word_embeddings, **kwargs})
+        shared: dict[str, Any] = {
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**{**shared, **kwargs})
 
     @property
     def arrangement(self) -> Design | Pattern:

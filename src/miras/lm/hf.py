@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from miras.layer import pack_rows
+from miras.layer import MemoryLayer, pack_rows
 from miras.lm.backbone import MirasBlock
 from miras.lm.cache import MirasCache
 from miras.lm.config import MirasConfig
@@ -46,6 +46,14 @@ class MirasPreTrainedModel(PreTrainedModel):
         if isinstance(module, (FastWeights, GateProjection, ShortConvolution)):
             for name, value in initial_values(module).items():
                 init.copy_(module.get_parameter(name), value)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Hugging Face's initialisation, then what depends on two modules: aligned query and key projections."""
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, MemoryLayer) and module.design.inputs.aligned:
+                init.copy_(module.q_proj.weight, module.k_proj.weight[: module.q_proj.out_features])
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
