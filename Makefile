@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 .PHONY: quickstart test test-all check format clean
 
 quickstart: $(STAMP)
-	$(BIN)/miras quickstart
+	$(BIN)/miras train recipes/quickstart.yaml
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2

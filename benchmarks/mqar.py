@@ -10,30 +10,29 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import miras
 from miras.evals.recall import MQAR, Recipe, solve
 
-SETTINGS: dict[str, tuple[dict, dict]] = {
-    "yaad": ({}, {}),
-    "moneta": ({}, {}),
-    "memora": ({}, {}),
-    "gated_deltanet": ({}, {}),
-    "transformer": ({}, {}),
+SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "yaad": ({}, {"lr": 5e-3}),
+    "moneta": ({}, {"lr": 5e-3}),
+    "memora": ({}, {"lr": 5e-3}),
+    "gated_deltanet": ({}, {"lr": 5e-3}),
+    "transformer": ({}, {"lr": 5e-3}),
 }
 """Per model: overrides of its design, and of the training recipe."""
 
 
-def run(name: str, seed: int, task: MQAR) -> dict:
+def run(name: str, seed: int, task: MQAR) -> dict[str, Any]:
     """One training run; its settings and what it gave."""
     overrides, training = SETTINGS[name]
     torch.manual_seed(seed)
     design = miras.models.named(name, **overrides)
-    config = miras.MirasConfig(
-        design=design, vocab_size=task.vocab_size, hidden_size=64, num_hidden_layers=2, num_heads=2
-    )
+    config = miras.MirasConfig(design=design, vocab_size=task.vocab_size, hidden_size=64, num_hidden_layers=2, num_heads=2)
     model = miras.MirasForCausalLM(config)
     recipe = Recipe(seed=seed, **training)
     result = solve(model, task, recipe)

@@ -1,0 +1,181 @@
+"""The command line: `miras train`, `miras eval`, `miras generate`, `miras report`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from miras.train.folder import Result
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Sequence models as associative memories that learn at test time.",
+)
+
+Checkpoint = Annotated[Path, typer.Argument(help="A run folder, a checkpoint in it, or any saved model folder.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, for example recipes/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example train.lr=3e-4.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the run in the recipe's folder.")] = False,
+    report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No table and no sample at the end.")] = False,
+) -> None:
+    """Train a recipe's model and the ones it is compared with. The same command goes on after a kill."""
+    from miras.train.compare import train_all
+    from miras.train.config import read_recipe
+    from miras.train.folder import is_main
+
+    _set_up()
+    results = train_all(read_recipe(recipe, overrides or []), overwrite)
+    if not is_main():
+        return
+    if report:
+        _write_report([Path(r.folder) for r in results], Path(results[0].folder) / "report.html")
+    if not quiet:
+        _print_results(results)
+
+
+@app.command("eval")
+def evaluate(
+    checkpoint: Checkpoint,
+    data: Annotated[str | None, typer.Option(help="Score all of this corpus instead of the held-out text.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens of context (default: as in training).")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Print loss, perplexity and bits a byte on held-out text."""
+    from miras.evals.checkpoint import evaluate_checkpoint
+
+    _set_up()
+    model, tokenizer = _load(checkpoint)
+    score = evaluate_checkpoint(checkpoint, model, tokenizer, data, block_size, batch_size)
+    if as_json:
+        print(json.dumps(score.to_dict() | {"checkpoint": str(checkpoint), "data": data or "held out"}))
+        return
+    print(f"loss           {score.loss:.4f} nats a token")
+    print(f"perplexity     {score.perplexity:.2f}")
+    print(f"bits per byte  {score.bits_per_byte:.4f}")
+    print(f"tokens         {score.tokens:,} ({score.text_bytes:,.0f} bytes of {data or 'held-out text'})")
+
+
+@app.command()
+def generate(
+    checkpoint: Checkpoint,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 200,
+    temperature: Annotated[float, typer.Option(help="Below 1 the likelier tokens gain.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens with this probability in all.")] = 0.95,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always the likeliest token.")] = False,
+    seed: Annotated[int | None, typer.Option(help="For the same text every time.")] = None,
+) -> None:
+    """Write text, token by token as it comes."""
+    from transformers import TextStreamer
+
+    from miras.evals.sample import write_text
+
+    _set_up()
+    model, tokenizer = _load(checkpoint)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    write_text(model, tokenizer, prompt, max_new_tokens, temperature, top_p, greedy, seed, streamer)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Finished run folders, the main one first.")],
+    out: Annotated[Path | None, typer.Option(help="The HTML file (default: report.html in the first run).")] = None,
+) -> None:
+    """Write one self-contained HTML report about finished runs; a run's own comparisons are found by themselves."""
+    _set_up()
+    others = sorted(path.parent for path in runs[0].glob("compare/*/result.json"))
+    _write_report([*runs, *(path for path in others if path not in runs)], out or runs[0] / "report.html")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: errors that a user can mend are one message on stderr and exit status 1."""
+    try:
+        app(args=list(arguments) if arguments is not None else None)
+    except Exception as error:
+        # What the library says to its users are these types and its own; anything else is a bug and keeps its trace.
+        if not isinstance(error, (ValueError, FileNotFoundError, ImportError)) and not _is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _is_ours(error: Exception) -> bool:
+    return type(error).__module__.startswith("miras.")
+
+
+def _set_up() -> None:
+    """Our own messages on stderr, as plain lines; only errors from the libraries beneath."""
+    from transformers.utils import logging as hf_logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("miras").handlers = [handler]
+    logging.getLogger("miras").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+
+
+def _load(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+    import transformers
+
+    from miras.train.data import load_tokenizer
+
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"no model in {checkpoint} (config.json is missing); give a finished run's folder")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(checkpoint))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(checkpoint)
+
+
+def _write_report(runs: list[Path], out: Path) -> None:
+    from miras.report import write_report
+
+    write_report(runs, out)
+    print(f"report: {out}")
+
+
+def _print_results(results: Sequence[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Held-out text")
+    columns: list[tuple[str, Any]] = [
+        ("model", lambda r: r.model),
+        ("parameters", lambda r: f"{r.parameters:,}"),
+        ("tokens", lambda r: f"{r.tokens:,}"),
+        ("loss", lambda r: f"{r.loss:.3f}"),
+        ("ppl", lambda r: f"{r.perplexity:.1f}"),
+        ("bits/byte", lambda r: f"{r.bits_per_byte:.3f}"),
+        ("tokens/s", lambda r: f"{r.tokens_per_second:,.0f}"),
+        ("peak MB", lambda r: f"{r.peak_memory / 1e6:,.0f}"),
+    ]
+    for name, _ in columns:
+        table.add_column(name, justify="left" if name == "model" else "right")
+    for result in results:
+        table.add_row(*(show(result) for _, show in columns))
+    console = Console(width=None if sys.stdout.isatty() else 100)
+    console.print(table)
+    console.print(f"[bold]{results[0].model} writes:[/bold]")
+    console.print(results[0].sample, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

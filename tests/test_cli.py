@@ -1,0 +1,83 @@
+"""The commands from end to end."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from miras.cli import app, main
+from tests.train.conftest import _one_thread, _own_cache, corpus, tiny_recipe  # noqa: F401
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def recipe_file(corpus: Path, tmp_path: Path) -> Path:  # noqa: F811
+    file = tmp_path / "recipe.yaml"
+    file.write_text(tiny_recipe(corpus, tmp_path / "run").to_yaml())
+    return file
+
+
+def test_train_eval_generate_report(recipe_file: Path, tmp_path: Path) -> None:
+    run = str(tmp_path / "run")
+    trained = RUNNER.invoke(app, ["train", str(recipe_file), "train.steps=4", "train.lr=2e-3"], catch_exceptions=False)
+    assert trained.exit_code == 0
+    assert re.search(r"step 4/4 +train \d\.\d+ +validation \d", trained.output)
+    assert "yaad writes:" in trained.output
+    assert (tmp_path / "run/report.html").is_file()
+    again = RUNNER.invoke(app, ["train", str(recipe_file), "train.steps=4", "train.lr=2e-3", "--no-report"])
+    assert "step 4/4" not in again.output
+
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    scored = RUNNER.invoke(app, ["eval", run, "--json"], catch_exceptions=False)
+    score = json.loads(scored.output)
+    assert score["loss"] == pytest.approx(result["loss"], rel=1e-6)
+    assert score["tokens"] == result["validation_tokens"]
+    (tmp_path / "other.txt").write_text("the king and the queen\n" * 20)
+    other = RUNNER.invoke(app, ["eval", run, "--data", str(tmp_path / "other.txt")], catch_exceptions=False)
+    assert re.search(r"perplexity +[\d.]+\nbits per byte +[\d.]+\ntokens +[\d,]+ \(460 bytes of", other.output)
+
+    options = ["generate", run, "--prompt", "the king", "--max-new-tokens", "5"]
+    texts = [
+        RUNNER.invoke(app, [*options, *more], catch_exceptions=False).output
+        for more in (["--seed", "1"], ["--seed", "1"], ["--greedy"])
+    ]
+    assert texts[0] == texts[1]
+    assert all(text.startswith("the king") for text in texts)
+
+    reported = RUNNER.invoke(app, ["report", run, "--out", str(tmp_path / "r.html")], catch_exceptions=False)
+    assert reported.exit_code == 0
+    assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "none.yaml"], "no recipe at none.yaml"),
+        (["train", "RECIPE", "train.lrr=1"], "unknown recipe key train.lrr; did you mean train.lr?"),
+        (["train", "RECIPE", "model.name=yad"], "yad"),
+        (["train", "RECIPE", "train.lr=1e30", "train.grad_clip=0", "train.warmup=0"], "smaller learning rate"),
+        (["eval", "nowhere"], "no model in nowhere"),
+        (["generate", "nowhere"], "no model in nowhere"),
+        (["report", "nowhere"], "holds no finished run"),
+    ],
+)
+def test_errors_are_one_message(
+    recipe_file: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_status:
+        main([str(recipe_file) if argument == "RECIPE" else argument for argument in arguments])
+    assert exit_status.value.code == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
+
+
+def test_help_names_the_commands() -> None:
+    shown = subprocess.run([sys.executable, "-m", "miras.cli", "--help"], capture_output=True, text=True, check=True)
+    for command in ("train", "eval", "generate", "report"):
+        assert command in shown.stdout
