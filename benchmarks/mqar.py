@@ -17,21 +17,31 @@ import torch
 import miras
 from miras.evals.recall import MQAR, Recipe, solve
 
+FAST: dict[str, Any] = {"inputs": {"rate": {"family": "gate map", "kind": "Sigmoid", "initial": 4.0, "maximum": 8.0}}}
+FASTER: dict[str, Any] = {"inputs": {"rate": {"family": "gate map", "kind": "Sigmoid", "initial": 6.0, "maximum": 12.0}}}
+SLOW_DECAY: dict[str, Any] = {
+    "inputs": {"aligned": True, "decay": {"family": "gate map", "kind": "LogDecay", "horizon": 1000.0}}
+}
+NO_RESIDUAL: dict[str, Any] = {"memory": {"kind": "MLP", "residual": False}}
+
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "yaad, rate 4": (FAST, {"lr": 5e-3}),
+    "memora, rate 4": (FAST, {"lr": 5e-3}),
+    "moneta, rate 6, no residual": ({**FASTER, **NO_RESIDUAL}, {"lr": 5e-3}),
+    "moneta, rate 6": (FASTER, {"lr": 5e-3}),
     "yaad": ({}, {"lr": 5e-3}),
-    "moneta": ({}, {"lr": 5e-3}),
-    "memora": ({}, {"lr": 5e-3}),
     "gated_deltanet": ({}, {"lr": 5e-3}),
+    "gated_deltanet, aligned, slow decay": (SLOW_DECAY, {"lr": 5e-3}),
     "transformer": ({}, {"lr": 5e-3}),
 }
-"""Per model: overrides of its design, and of the training recipe."""
+"""Per row: overrides of the design that its name starts with, and of the training recipe."""
 
 
 def run(name: str, seed: int, task: MQAR) -> dict[str, Any]:
     """One training run; its settings and what it gave."""
     overrides, training = SETTINGS[name]
     torch.manual_seed(seed)
-    design = miras.models.named(name, **overrides)
+    design = miras.models.named(name.split(",")[0], **overrides)
     config = miras.MirasConfig(design=design, vocab_size=task.vocab_size, hidden_size=64, num_hidden_layers=2, num_heads=2)
     model = miras.MirasForCausalLM(config)
     recipe = Recipe(seed=seed, **training)

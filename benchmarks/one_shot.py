@@ -80,7 +80,9 @@ def main() -> None:
     ]
     print("# One-shot recall of untrained memories\n")
     print(f"```\n{(__doc__ or '').strip()}\n```\n")
-    print("Columns: the rate eta. Unless said otherwise weight_std 1.7, norm_gain 1.4, refresh 16, delta 1, link at refresh.\n")
+    print(
+        "Columns: the rate eta. Unless said otherwise weight_std 1.7, norm_gain 1.4, refresh 16, delta 1, link at refresh.\n"
+    )
     print("| design | " + " | ".join(f"{rate:g}" for rate in rates) + " |")
     print("|---|" + "---|" * len(rates))
     for name, memory, bias, retention, std, gain, refresh in cases:

@@ -22,7 +22,7 @@ from miras.retention import L2 as Decay
 from miras.retention import LqRms, Retention, SignedKL
 
 
-def deep_inputs(rate: float = 4.0, **overrides: Any) -> Inputs:
+def deep_inputs(rate: float = 1.0, **overrides: Any) -> Inputs:
     """How the deep memories are fed: unit q, k and v, a rate from `rate` to twice that, a decay over a thousand tokens."""
     base = Inputs(Normalized(values=True), Sigmoid(rate, 2 * rate), LogDecay(1000.0), aligned=True)
     return replace(base, **overrides)
@@ -54,7 +54,7 @@ def moneta(**overrides: Any) -> Design:
         retention=LqRms(4.0, 0.3),
         learning=GradientDescent(),
         link_at="refresh",
-        inputs=deep_inputs(rate=6.0),
+        inputs=deep_inputs(rate=3.0),
     )
     return replace(base, **overrides)
 
@@ -97,7 +97,7 @@ def titans_lmm(**overrides: Any) -> Design:
         bias=L2(),
         retention=Decay(),
         learning=Momentum(),
-        inputs=deep_inputs(rate=2.0),
+        inputs=deep_inputs(rate=0.5),
     )
     return replace(base, **overrides)
 
