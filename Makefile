@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-all check format clean
+.PHONY: quickstart test test-slow check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/miras train recipes/quickstart.yaml
@@ -12,18 +12,17 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -n 2
 
-test-all: $(STAMP)
-	$(BIN)/pytest -n 2 -m "slow or not slow"
+test-slow: $(STAMP)
+	$(BIN)/pytest -n 2 -m slow
 
-check: $(STAMP)
-	$(BIN)/ruff format --check src tests
-	$(BIN)/ruff check src tests
+check: test
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
 	$(BIN)/pyright
-	$(BIN)/pytest -n 2
 
 format: $(STAMP)
-	$(BIN)/ruff format src tests
-	$(BIN)/ruff check --fix src tests
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -135,9 +135,7 @@ def test_missing_weights_get_their_initial_values(build: Build, tmp_path: Path, 
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     gone = [key for key in stored if "memory." in key or "b_proj.bias" in key or "conv1d" in key]
-    save_file(
-        {key: x for key, x in stored.items() if key not in gone}, tmp_path / "model.safetensors", {"format": "pt"}
-    )
+    save_file({key: x for key, x in stored.items() if key not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
     with caplog.at_level(logging.ERROR):
         again, info = MirasForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == set(gone)
