@@ -231,7 +231,7 @@ class ElasticNet(Retention):
 
 
 @dataclass(frozen=True)
-class ProximalElasticNet(Retention):
+class ProximalElasticNet(L2):
     """Proximal elastic net: W = A, and A <- sign(A) max(|A| - threshold, 0) at every window end (ISTA).
 
     Source: Miras Sec. 5.2, variant 2, with the proximal step taken on the state.
@@ -239,20 +239,10 @@ class ProximalElasticNet(Retention):
 
     threshold: float = 0.001
 
-    identity: ClassVar[bool] = True
     settles: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.threshold >= 0, f"ProximalElasticNet threshold={self.threshold}; must not be negative")
-
-    def link(self, dual: Tensor) -> Tensor:
-        return dual
-
-    def unlink(self, weight: Tensor) -> Tensor:
-        return weight
-
-    def tangent(self, dual: Tensor, weight: Tensor) -> Tensor:
-        return dual.new_ones((1, 1))
 
     def settle(self, dual: Tensor) -> Tensor:
         return F.softshrink(dual, self.threshold)

@@ -1,0 +1,222 @@
+"""Gate maps, features, and the options of `Inputs`, each of which must reach the layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from miras import bias, learning, memory, retention
+from miras.design import Design
+from miras.inputs import (
+    Constant,
+    Features,
+    GateMap,
+    Inputs,
+    LogDecay,
+    MambaDecay,
+    Normalized,
+    Positive,
+    Rotary,
+    Sigmoid,
+    Softplus,
+)
+from miras.layer import MemoryLayer
+from tests.problems import assert_close
+
+SHAPE = (2, 3)
+
+
+def parameters(gate: GateMap) -> dict[str, Tensor]:
+    return {name: x.double() for name, x in gate.parameters(SHAPE).items()}
+
+
+@pytest.mark.parametrize(
+    ("gate", "initial"),
+    [
+        (Sigmoid(0.3), 0.3),
+        (Sigmoid(0.3, 2.0), 0.3),
+        (Softplus(3.5), 3.5),
+        (Softplus(0.01), 0.01),
+        (LogDecay(50.0), -1 / 50),
+        (LogDecay(50.0, 4.0), -1 / 50),
+        (LogDecay(0.5), -2.0),
+    ],
+)
+def test_initial_values(gate: GateMap, initial: float) -> None:
+    found = gate(torch.zeros(4, *SHAPE, dtype=torch.float64), parameters(gate))
+    assert found.shape == (4, *SHAPE)
+    assert found.flatten().tolist() == pytest.approx([initial] * 24, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("gate", "low", "high"),
+    [
+        (Sigmoid(0.3, 2.0), 0.0, 2.0),
+        (Softplus(1.0), 0.0, math.inf),
+        (LogDecay(50.0, 4.0), -math.inf, 0.0),
+        (MambaDecay(), -math.inf, 0.0),
+    ],
+)
+def test_ranges_and_gradients(gate: GateMap, low: float, high: float) -> None:
+    x = torch.linspace(-100, 100, 60, dtype=torch.float64).reshape(10, *SHAPE).requires_grad_()
+    values = {name: p.requires_grad_() for name, p in parameters(gate).items()}
+    found = gate(x, values)
+    assert torch.isfinite(found).all()
+    assert low <= float(found.detach().min()) <= float(found.detach().max()) <= high
+    gradients = torch.autograd.grad(found.sum(), [x, *values.values()])
+    assert all(torch.isfinite(g).all() and float(g.abs().max()) > 0 for g in gradients)
+
+
+def test_formulas_of_gates() -> None:
+    x = torch.randn(5, *SHAPE, dtype=torch.float64)
+    b = torch.randn(SHAPE, dtype=torch.float64)
+    assert_close(Sigmoid(0.5, 3.0)(x, {"bias": b}), 3 / (1 + (-x - b).exp()))
+    assert_close(Softplus()(x, {"bias": b}), (1 + (x + b).exp()).log())
+    assert_close(LogDecay(temperature=16.0)(x, {"bias": b}), -(1 + (-x - b).exp()).log() / 16)
+    assert_close(MambaDecay()(x, {"A_log": 0.3 * b, "dt_bias": b}), -(0.3 * b).exp() * (1 + (x + b).exp()).log())
+    assert float(Constant(0.25)(None, {})) == 0.25
+
+
+def test_mamba_initial_values() -> None:
+    p = MambaDecay().parameters((2000,))
+    rate, dt = p["A_log"].exp(), torch.nn.functional.softplus(p["dt_bias"])
+    assert 1.0 <= float(rate.min()) < 1.2
+    assert 15.8 < float(rate.max()) <= 16.0
+    assert 0.0009 <= float(dt.min()) < 0.0012
+    assert 0.09 < float(dt.max()) <= 0.1001
+    assert float(dt.log().mean()) == pytest.approx(math.log(0.01), abs=0.15)
+
+
+def test_constant_has_nothing_to_learn() -> None:
+    assert Constant(2.0).parameters(SHAPE) == {}
+    assert not Constant().projected
+    assert Sigmoid().projected
+
+
+def heads(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def test_normalized() -> None:
+    q, k, v = heads(2, 5, 3, 8), heads(2, 5, 3, 8), heads(2, 5, 3, 8)
+    a, b, c = Normalized()(q, k, v, torch.arange(5).expand(2, 5))
+    assert_close(a, q / q.norm(dim=-1, keepdim=True), tolerance=1e-5)
+    assert torch.equal(c, v)
+    _, _, c = Normalized(values=True)(q, k, v, torch.arange(5).expand(2, 5))
+    assert_close(c, v / v.norm(dim=-1, keepdim=True), tolerance=1e-5)
+    assert_close(b.norm(dim=-1), torch.ones(2, 5, 3, dtype=torch.float64), tolerance=1e-5)
+    zero = torch.zeros(1, 1, 1, 4, dtype=torch.float64, requires_grad=True)
+    out, _, _ = Normalized()(zero, zero, zero, torch.zeros(1, 1))
+    assert torch.isfinite(torch.autograd.grad(out.sum(), zero)[0]).all()
+
+
+def test_positive() -> None:
+    q, k, v = heads(1, 2, 1, 16), heads(1, 2, 1, 16), heads(1, 2, 1, 16)
+    a, b, c = Positive()(q, k, v, torch.arange(2).unsqueeze(0))
+    expected = torch.where(q > 0, q + 1, q.exp()) / 4
+    assert_close(a, expected)
+    assert float(b.min()) > 0
+    assert torch.equal(c, v)
+
+
+def test_rotary_products_depend_on_distance_only() -> None:
+    q, k = heads(1, 1, 1, 8).expand(1, 12, 1, 8), heads(1, 1, 1, 8).expand(1, 12, 1, 8)
+    positions = torch.arange(12).unsqueeze(0)
+    a, b, c = Rotary(100.0)(q, k, q, positions)
+    assert torch.equal(c, q)
+    scores = torch.einsum("bthd,bshd->ts", a, b)
+    for distance in range(12):
+        diagonal = scores.diagonal(-distance)
+        assert_close(diagonal, diagonal[:1].expand_as(diagonal), tolerance=1e-5)
+    assert float((scores[3, 0] - scores[0, 0]).abs()) > 1e-3
+    assert_close(a.norm(dim=-1), q.norm(dim=-1), tolerance=1e-6)
+    first, _, _ = Rotary()(q, k, q, torch.zeros(1, 12))
+    assert_close(first, q)
+    angle = 3 * 100.0 ** (-torch.arange(4) / 4)
+    turned = torch.complex(q[0, 3, 0, :4], q[0, 3, 0, 4:]) * torch.polar(torch.ones(4), angle)
+    assert_close(a[0, 3, 0], torch.cat((turned.real, turned.imag)), tolerance=1e-6)
+
+
+def test_rotary_needs_pairs() -> None:
+    with pytest.raises(ValueError, match="even head width, got 3"):
+        Rotary()(*[heads(1, 1, 1, 3)] * 3, torch.zeros(1, 1))
+
+
+def test_features_keep_dtype() -> None:
+    features: list[Features] = [Normalized(), Normalized(values=True), Positive(), Rotary()]
+    for feature in features:
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            q = torch.randn(1, 3, 2, 4).to(dtype)
+            assert {x.dtype for x in feature(q, q, q, torch.arange(3).unsqueeze(0))} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Sigmoid(0.0), "initial=0.0, maximum=1.0; needs 0 < initial < maximum"),
+        (lambda: Sigmoid(1.0), "needs 0 < initial < maximum"),
+        (lambda: Softplus(0.0), "initial=0.0; must be positive"),
+        (lambda: LogDecay(0.0), "horizon=0.0; must be a positive number of tokens"),
+        (lambda: LogDecay(1.0, -1.0), "temperature=-1.0; must be positive"),
+        (lambda: Inputs(conv_size=-1), "conv_size=-1; must be 0"),
+        (lambda: Inputs(activation="gelu"), "activation='gelu'; allowed: 'silu', None"),
+        (lambda: Inputs(weight_std=-0.1), "weight_std=-0.1; must not be negative"),
+    ],
+)
+def test_illegal_values(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+CHANGES: dict[str, Any] = {
+    "features": Rotary(),
+    "rate": Softplus(0.0123),
+    "decay": None,
+    "gates": {"delta": Softplus(0.05)},
+    "conv_size": Inputs().conv_size + 1,
+    "activation": None,
+    "weight_std": 0.123,
+    "norm_gain": 0.77,
+    "aligned": not Inputs().aligned,
+    "output_norm": False,
+    "output_gate": False,
+}
+
+
+def layer_output(inputs: Inputs) -> Tensor:
+    torch.manual_seed(0)
+    design = Design(memory.MLP(2, 1.0), bias.Huber("norm"), retention.L2(), learning.GradientDescent(), 4, inputs=inputs)
+    layer = MemoryLayer(8, 2, design).double()
+    aligned = torch.equal(layer.q_proj.weight, layer.k_proj.weight)
+    with torch.no_grad():
+        for name, p in layer.named_parameters():  # equal draws whatever the order of initialisation
+            if p.dim() > 1 and not name.startswith("memory"):
+                g = torch.Generator().manual_seed(sum(map(ord, name)))
+                p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) / 3)
+        if aligned:
+            layer.q_proj.weight.copy_(layer.k_proj.weight)
+    x = torch.randn(1, 11, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return layer(x)[0].detach()
+
+
+def test_changes_cover_every_field() -> None:
+    assert set(CHANGES) == {field.name for field in dataclasses.fields(Inputs)}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_option_reaches_the_layer(name: str) -> None:
+    assert float((layer_output(Inputs()) - layer_output(Inputs(**{name: CHANGES[name]}))).abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("change", [{"per_channel": True}, {"rank": 2}])
+@pytest.mark.parametrize("name", ["rate", "decay"])
+def test_options_of_gate_maps_reach_the_layer(name: str, change: dict[str, Any]) -> None:
+    plain = Inputs()
+    changed = dataclasses.replace(plain, **{name: dataclasses.replace(getattr(plain, name), **change)})
+    assert float((layer_output(plain) - layer_output(changed)).abs().max()) > 1e-9
