@@ -28,6 +28,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "yaad, rate 4": (FAST, {"lr": 5e-3}),
     "memora, rate 4": (FAST, {"lr": 5e-3}),
     "moneta, rate 6, no residual": ({**FASTER, **NO_RESIDUAL}, {"lr": 5e-3}),
+    "moneta, rate 6, no residual, lr 8e-3": ({**FASTER, **NO_RESIDUAL}, {"lr": 8e-3}),
     "moneta, rate 6": (FASTER, {"lr": 5e-3}),
     "yaad": ({}, {"lr": 5e-3}),
     "gated_deltanet": ({}, {"lr": 5e-3}),
