@@ -69,8 +69,17 @@ class Choice:
                 raise ValueError(
                     f"{kind} has no field {name!r}; allowed: {', '.join(sorted(allowed)) or 'none'}{_closest(name, allowed)}"
                 )
+        needed = [f.name for f in dataclasses.fields(target) if _required(f) and f.name not in data]
+        if needed:
+            raise ValueError(
+                f"{kind} needs {', '.join(needed)}; given: {', '.join(sorted(set(data) - {'kind'})) or 'nothing'}"
+            )
         values = {name: _decode(value) for name, value in data.items() if name != "kind"}
         return target(**values)  # type: ignore[return-value]
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _encode(value: Any) -> Any:

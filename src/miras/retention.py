@@ -26,13 +26,15 @@ class Retention(Choice, abstract=True):
     """A link A -> W, its inverse, and its tangent.
 
     Facts: `identity` means that link(A) is A; `settles` that the state itself changes at window ends (see `settle`);
-    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function.
+    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function; `simplex` that
+    W's sum over the input axis is fixed.
     """
 
     family: ClassVar[str] = "retention"
     identity: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     logits: ClassVar[bool] = False
+    simplex: ClassVar[bool] = False
 
     def link(self, dual: Tensor) -> Tensor:
         """W for A of shape [..., d_in, d_out]."""
@@ -150,7 +152,8 @@ class LqMirror(Retention):
 class KL(Retention):
     """Entropy: W = mass softmax(A) over the input axis of each output unit (exponentiated gradient).
 
-    A is recentred at window ends, which leaves W as it is. mass=None is the input width, so that W is near 1.
+    A is recentred at window ends, which leaves W as it is (with one decay a head; decays per input channel act on the
+    recentred A). mass=None is the input width, so that W is near 1.
     Source: Miras Sec. 5.2, variant 1, and Eq. 27 (Memora); softmax(a log softmax(A) - G) = softmax(a A - G).
     """
 
@@ -158,6 +161,7 @@ class KL(Retention):
 
     settles: ClassVar[bool] = True
     logits: ClassVar[bool] = True
+    simplex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_mass(self.mass)
@@ -200,7 +204,8 @@ class SignedKL(Retention):
         # sinh(A) = s W with s = sum cosh(A) / mass, a fixed point in s: s = sum sqrt(1 + (s W)^2) / mass.
         require(
             bool((weight.abs().sum(-2) < mass).all()),
-            f"SignedKL(mass={mass:g}) needs the column sums of |W| below mass",
+            f"SignedKL(mass={mass:g}) needs the column sums of |W| below mass; use a larger mass, wider heads, or a "
+            "smaller Inputs.weight_std",
         )
         scale = weight.new_full((*weight.shape[:-2], 1, weight.shape[-1]), n / mass)
         for _ in range(200):
@@ -303,6 +308,7 @@ class FDivergence(Retention):
 
     settles: ClassVar[bool] = True
     logits: ClassVar[bool] = True
+    simplex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_one_of("FDivergence name", self.name, tuple(_DIVERGENCES))
