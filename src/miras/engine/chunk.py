@@ -57,7 +57,7 @@ def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tu
     scan = Slots({name: list(x.unbind(2)) for name, x in state.slots.items()}, dict(state.point))
     outputs = []
     for run in plan_runs(problem.num_steps, phase, problem.design.refresh, tile):
-        out = _Block(problem, run, path).scan(scan)
+        out = _RunScan(problem, run, path).scan(scan)
         outputs.append(out)
     final = MemoryState(
         {name: torch.stack(z, dim=2) for name, z in scan.slots.items()},
@@ -85,7 +85,7 @@ def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:
     return runs
 
 
-class _Block:
+class _RunScan:
     """One run of blocks: what is shared before the scan, the scan itself, and the read-out after it."""
 
     def __init__(self, problem: Problem, run: Run, path: str) -> None:
