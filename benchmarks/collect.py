@@ -1,10 +1,13 @@
 """Mean and spread over seeds of finished runs, as a Markdown table and a JSON file.
 
     for seed in 0 1 2; do
-      miras train recipes/quickstart.yaml out=runs/seed$seed train.seed=$seed train.threads=1 \
-        "compare=[gated_deltanet,transformer,moneta,memora]"
+      miras train recipes/quickstart.yaml out=runs/seed$seed train.seed=$seed train.threads=1
+      for model in moneta memora; do
+        miras train recipes/quickstart.yaml out=runs/$model$seed train.seed=$seed train.threads=1 "compare=[]" \
+          model.name=$model model.match_parameters=2250608
+      done
     done
-    python benchmarks/collect.py runs/seed* --out docs/results/quickstart
+    python benchmarks/collect.py runs/* --out docs/results/quickstart
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for run in arguments.runs:
         found = [read_result(file.parent) for file in sorted(run.rglob("result.json"))]
-        rows += [vars(result) for result in found if result is not None]
+        for result in found:
+            if result is not None:
+                rows.append({key: value for key, value in vars(result).items() if key not in ("folder", "sample")})
     by_model: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_model[row["model"]].append(row)
