@@ -96,13 +96,6 @@ def test_facts() -> None:
     assert torch.equal(replace(titans, retention=retention.KL()).link(a), retention.KL().link(a))
 
 
-def test_a_simplex_over_one_input_is_refused():
-    for simplex in (retention.KL(), retention.FDivergence("chi2")):
-        with pytest.raises(ValueError, match="W could never change"):
-            Design(**{**CHOICES, "memory": memory.Vector(), "retention": simplex})
-    Design(**{**CHOICES, "memory": memory.Vector(), "retention": retention.SignedKL()})
-
-
 def test_a_dictionary_without_the_choices_says_what_it_needs():
     with pytest.raises(ValueError, match="Design needs memory, bias, retention, learning; given: nothing"):
         Design.from_dict({"kind": "Design"})

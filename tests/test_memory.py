@@ -144,8 +144,3 @@ def test_norm_eps_at_its_edge(norm: str) -> None:
 def test_illegal_values(build: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("made", [memory.Vector(), memory.Matrix(), memory.MLP(), memory.MLP(depth=1), memory.GatedMLP()])
-def test_single_input_is_true(made):
-    assert made.single_input == all(shape.d_in == 1 for shape in made.weights(4, 4).values())

@@ -357,10 +357,3 @@ def test_mass_of_chi2_with_zeros() -> None:
     a = torch.tensor([[3.0], [0.0], [-3.0]], dtype=torch.float64)
     assert_close(FDivergence("chi2").link(a), torch.tensor([[3.0], [0.0], [0.0]], dtype=torch.float64))
     assert math.isclose(float(FDivergence("chi2").link(a / 3).sum()), 3.0)
-
-
-@pytest.mark.parametrize("name", RETENTIONS)
-def test_simplex_is_true(name: str) -> None:
-    retention = RETENTIONS[name]
-    sums = torch.stack([retention.link(torch.randn(6, 3, dtype=torch.float64)).sum(-2) for _ in range(3)])
-    assert retention.simplex == bool((sums - sums[0, 0]).abs().max() < 1e-9)

@@ -62,12 +62,6 @@ class Design(Choice):
         if not self.learning.parametric:
             return
         assert self.memory is not None
-        assert self.retention is not None
-        require(
-            not (self.memory.single_input and self.retention.simplex),
-            f"retention {self.retention.kind} fixes the sum of W over its input axis, which has length 1 in memory "
-            f"{self.memory.kind}: W could never change. Use SignedKL, another retention, or a wider memory",
-        )
         require(
             self.memory.linear or not self.bias.implicit,
             f"bias {self.bias.kind} takes an implicit step, which has a closed form for a linear memory only; got "

@@ -42,13 +42,11 @@ class WeightShape(NamedTuple):
 class Memory(Choice, abstract=True):
     """An architecture M(W; x) of fast weights.
 
-    Facts: `linear` means that M is x @ W with a single weight, so that predictions are linear in W; `single_input` that
-    its weights have an input axis of length 1.
+    Facts: `linear` means that M is x @ W with a single weight, so that predictions are linear in W.
     """
 
     family: ClassVar[str] = "memory"
     linear: ClassVar[bool] = False
-    single_input: ClassVar[bool] = False
 
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         """Names and shapes of the fast weights for keys of `key_dim` and values of `value_dim`."""
@@ -79,8 +77,6 @@ class Matrix(Memory):
 @dataclass(frozen=True)
 class Vector(Memory):
     """Vector memory: M(w; x) = x * w, one weight "w" of shape (1, K), needs K == V (an element-wise linear RNN)."""
-
-    single_input: ClassVar[bool] = True
 
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         _require_square(self, key_dim, value_dim)

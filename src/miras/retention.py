@@ -26,15 +26,13 @@ class Retention(Choice, abstract=True):
     """A link A -> W, its inverse, and its tangent.
 
     Facts: `identity` means that link(A) is A; `settles` that the state itself changes at window ends (see `settle`);
-    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function; `simplex` that
-    W's sum over the input axis is fixed.
+    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function.
     """
 
     family: ClassVar[str] = "retention"
     identity: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     logits: ClassVar[bool] = False
-    simplex: ClassVar[bool] = False
 
     def link(self, dual: Tensor) -> Tensor:
         """W for A of shape [..., d_in, d_out]."""
@@ -161,7 +159,6 @@ class KL(Retention):
 
     settles: ClassVar[bool] = True
     logits: ClassVar[bool] = True
-    simplex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_mass(self.mass)
@@ -308,7 +305,6 @@ class FDivergence(Retention):
 
     settles: ClassVar[bool] = True
     logits: ClassVar[bool] = True
-    simplex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_one_of("FDivergence name", self.name, tuple(_DIVERGENCES))
