@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from miras.learning import (
+    Averaged,
     GradientDescent,
     Learning,
     Momentum,
@@ -16,6 +17,7 @@ from miras.learning import (
     Muon,
     NonParametric,
     Omega,
+    OmegaMuon,
     orthogonalize,
 )
 from tests.problems import assert_close
@@ -29,6 +31,8 @@ RULES: dict[str, Learning] = {
     "omega 2": Omega(2),
     "omega 4": Omega(4),
     "muon": Muon(5),
+    "omega muon": OmegaMuon(5, window=3),
+    "averaged": Averaged(),
 }
 
 STEPS, SHAPE = 9, (4, 3)
@@ -85,30 +89,54 @@ def test_omega_in_closed_form(window: int) -> None:
 def test_declared_facts(name: str) -> None:
     rule, (alpha, u, mu) = RULES[name], example()
     z = tuple(torch.randn(SHAPE, dtype=torch.float64) for _ in range(rule.slots))
-    recorder = Recorder({"mu": mu[0]})
+    recorder = Recorder({"mu": mu[0], "token": mu[1]})
     rule.step(z, u[0], alpha[0], recorder)
     assert recorder.read == {gate.name for gate in rule.gates}
     settled = rule.settle(z)
     assert rule.settles == any(not torch.equal(a, b) for a, b in zip(z, settled, strict=True))
     assert rule.micro_steps == (2 if name == "two steps" else 1)
     assert rule.parametric
-    if rule.chained:
-        assert len(rule.chain({"mu": mu})) == rule.slots - 1
+    assert rule.linear
+    assert len(rule.start(z[0])) == rule.slots
+    assert torch.equal(rule.start(z[0])[0], z[0])
     for gate in rule.gates:
-        assert gate.minimum <= gate.initial <= gate.maximum == 1.0
+        assert gate.minimum <= gate.initial <= gate.maximum
 
 
-@pytest.mark.parametrize("name", ["omega 2", "omega 4"])
-def test_not_chained(name: str) -> None:
-    with pytest.raises(NotImplementedError):
-        RULES[name].chain({})
+def test_a_rule_without_a_system_says_so() -> None:
+    with pytest.raises(NotImplementedError, match="NonParametric gives no block matrices"):
+        NonParametric().system(torch.zeros(3), {})
 
 
-def test_chain_of_momentum_is_its_logarithm() -> None:
-    mu = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
-    (chain,) = Momentum().chain({"mu": mu})
-    assert torch.isfinite(chain).all()
-    assert_close(chain.exp(), mu, tolerance=1e-11)
+def test_momentum_at_its_edges() -> None:
+    """mu = 0 and mu = 1 in the logarithm."""
+    mu = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)
+    system = Momentum().system(torch.zeros(3, dtype=torch.float64), {"mu": mu})
+    expected = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 2, 1]], dtype=torch.float64)
+    assert_close(system.mix, expected, tolerance=1e-11)
+
+
+def test_averaged_in_closed_form() -> None:
+    """D_t = prod alpha D_0 + c_t sum_i prod_{j > i} alpha_j u_i within a window, which then begins anew."""
+    alpha, u, c = example()
+    z = Averaged().start(torch.ones(SHAPE, dtype=torch.float64))
+    begun, first = z[0], 0
+    for t in range(STEPS):
+        z = Averaged().step(z, u[t], alpha[t], {"token": c[t]})
+        past = sum(retained(alpha, i, t) * u[i] for i in range(first, t + 1))
+        assert_close(z[0], retained(alpha, first - 1, t) * begun + c[t] * past)
+        if t % 4 == 3:
+            z = Averaged().settle(z)
+            begun, first = z[0], t + 1
+
+
+def test_omega_muon_in_closed_form() -> None:
+    """The momentum of the windowed sums."""
+    alpha, u, mu = example()
+    recent = [u[max(0, s - 2) : s + 1].sum(0) for s in range(STEPS)]
+    speed = [sum(retained(mu, i, s) * recent[i] for i in range(s + 1)) for s in range(STEPS)]
+    expected = [sum(retained(alpha, s, t) * speed[s] for s in range(t + 1)) for t in range(STEPS)]
+    assert_close(drive(OmegaMuon(2, window=3), alpha, u, {"mu": mu}), torch.stack(expected))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (3, 8), (8, 3)])
@@ -152,7 +180,7 @@ def test_muon_orthogonalises_what_enters_the_memory() -> None:
 def test_non_parametric() -> None:
     rule = NonParametric(4)
     assert not rule.parametric
-    assert not rule.chained
+    assert not rule.linear
     assert rule.gates == ()
 
 
@@ -162,6 +190,8 @@ def test_non_parametric() -> None:
         (lambda: MultiStep(0), "n=0; must be at least 1"),
         (lambda: Omega(0), "window=0; must be at least 1"),
         (lambda: Muon(0), "steps=0; must be at least 1"),
+        (lambda: OmegaMuon(0), "steps=0; must be at least 1"),
+        (lambda: OmegaMuon(2, window=0), "window=0; must be at least 1"),
         (lambda: NonParametric(0), "window=0; must be at least 1"),
     ],
 )

@@ -1,8 +1,8 @@
 """Choice (iv), the learning algorithm: how gradients become steps of the dual state.
 
 Each is a small system over time on slots z = (D, ...), D = A - anchor being the first, driven by u_t = -eta_t G_t.
-`step` is the definition, one token at a time, on weight matrices. A rule that is a chain of leaky integrators says so by
-`chain`, and the engine turns it into block matrices.
+`step` is the definition, one token at a time, on weight matrices. `system` is the same over a block of tokens, as small
+matrices.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from miras.choice import Choice, Gate, require
+from miras.system import System, build_system, decay_mask
 
 DECAY_EPS = 1e-12
 """Smallest momentum factor inside a logarithm."""
@@ -26,12 +28,13 @@ Gates = Mapping[str, Tensor]
 class Learning(Choice, abstract=True):
     """An online optimiser.
 
-    Facts: `slots` counts the matrices of its state; `chained` says that `chain` describes it; `settles` that the slots
-    change at window ends; `micro_steps` counts gradient steps a token; `parametric` is False when it keeps no weights.
+    Facts: `slots` counts the matrices of its state; `linear` says that `system` describes it between window ends;
+    `settles` that the slots change at window ends; `micro_steps` counts gradient steps a token; `parametric` is False
+    when it keeps no weights.
     """
 
     family: ClassVar[str] = "learning"
-    chained: ClassVar[bool] = True
+    linear: ClassVar[bool] = True
     settles: ClassVar[bool] = False
     parametric: ClassVar[bool] = True
 
@@ -48,16 +51,17 @@ class Learning(Choice, abstract=True):
         """The numbers per token and head that the rule reads."""
         return ()
 
+    def start(self, deviation: Tensor) -> Slots:
+        """The slots before the first token: D = A_0 - anchor, and nothing in the others."""
+        return (deviation, *[torch.zeros_like(deviation)] * (self.slots - 1))
+
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         """z_t from z_{t-1}: slots and u are [..., d_in, d_out]; decay (alpha_t) and gates broadcast against them."""
         raise NotImplementedError
 
-    def chain(self, gates: Gates) -> tuple[Tensor, ...]:
-        """Log-decays of the integrators that feed the one with alpha_t, each like its gate, from the outermost inwards.
-
-        z[0] <- alpha z[0] + z[1],  z[1] <- exp(chain[0]) z[1] + z[2], ..., the last fed by u; all at the same token.
-        """
-        raise NotImplementedError
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        """`step` over a block of b steps without a window end in it: log_decay [..., (C), b], gates broadcast against it."""
+        raise NotImplementedError(f"{self.kind} gives no block matrices")
 
     def settle(self, z: Slots) -> Slots:
         """What becomes of the slots at a window end."""
@@ -71,8 +75,8 @@ class GradientDescent(Learning):
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         return (decay * z[0] + u,)
 
-    def chain(self, gates: Gates) -> tuple[Tensor, ...]:
-        return ()
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        return build_system((log_decay,))
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class Momentum(Learning):
         momentum = gates["mu"] * z[1] + u
         return (decay * z[0] + momentum, momentum)
 
-    def chain(self, gates: Gates) -> tuple[Tensor, ...]:
-        return (gates["mu"].clamp_min(DECAY_EPS).log(),)
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        return build_system((log_decay, _log(gates["mu"])))
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,8 @@ class MultiStep(Learning):
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         return (decay * z[0] + u,)
 
-    def chain(self, gates: Gates) -> tuple[Tensor, ...]:
-        return ()
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        return build_system((log_decay,))
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,6 @@ class Omega(Learning):
     """
 
     window: int = 4
-
-    chained: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.window >= 1, f"Omega window={self.window}; must be at least 1 (1 is GradientDescent)")
@@ -149,6 +151,9 @@ class Omega(Learning):
             total = total + past
         return (total, u, *z[1:-1]) if self.window > 1 else (total,)
 
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        return build_system((log_decay,), self.window)
+
 
 @dataclass(frozen=True)
 class Muon(Momentum):
@@ -161,7 +166,6 @@ class Muon(Momentum):
 
     steps: int = 5
 
-    chained: ClassVar[bool] = False
     settles: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -169,6 +173,79 @@ class Muon(Momentum):
 
     def settle(self, z: Slots) -> Slots:
         return (z[0] - z[1] + orthogonalize(z[1], self.steps), z[1])
+
+
+@dataclass(frozen=True)
+class OmegaMuon(Muon):
+    """Muon on the sum of the last `window` gradients.
+
+    S_t = mu_t S_{t-1} - sum_{i = t-window+1}^{t} eta_i G_i; S enters D as in `Muon`.
+    Source: Atlas (arXiv 2505.23735) Eq. 32-33, with the gradients of past tokens kept as they were taken.
+    """
+
+    window: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.window >= 1, f"OmegaMuon window={self.window}; must be at least 1 (1 is Muon)")
+
+    @property
+    def slots(self) -> int:
+        return 1 + self.window
+
+    def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
+        momentum = gates["mu"] * z[1] + u
+        for past in z[2:]:
+            momentum = momentum + past
+        return (decay * z[0] + momentum, momentum, *(u, *z[2:])[: self.window - 1])
+
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        return build_system((log_decay, _log(gates["mu"])), self.window)
+
+    def settle(self, z: Slots) -> Slots:
+        return (*super().settle(z), *z[2:])
+
+
+@dataclass(frozen=True)
+class Averaged(Learning):
+    """The window's gradients, scaled as a whole by a gate c_t ("token"), on top of where the window began.
+
+    P_t = alpha_t P_{t-1},  S_t = alpha_t S_{t-1} - eta_t G_t,  D_t = P_t + c_t S_t; at a window end P = D and S = 0. With
+    c_t one over the place in the window, D moves by the mean of the gradients so far.
+    Source: TTT (arXiv 2407.04620) Sec. 2.7 and its published code (learnable token rates).
+    """
+
+    settles: ClassVar[bool] = True
+
+    @property
+    def slots(self) -> int:
+        return 3
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        return (Gate("token", initial=1.0),)
+
+    def start(self, deviation: Tensor) -> Slots:
+        return (deviation, deviation, torch.zeros_like(deviation))
+
+    def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
+        begun, total = decay * z[1], decay * z[2] + u
+        return (begun + gates["token"] * total, begun, total)
+
+    def system(self, log_decay: Tensor, gates: Gates) -> System:
+        sums, c = log_decay.cumsum(-1), gates["token"]
+        mask, start = decay_mask(sums), sums.exp()
+        mix, scaled = c.unsqueeze(-1) * mask, c * start
+        end = start[..., -1]
+        return System(
+            mix,
+            (torch.zeros_like(start), start, scaled),
+            (mix[..., -1, :], torch.zeros_like(start), mask[..., -1, :]),
+            ((None, end, scaled[..., -1]), (None, end, None), (None, None, end)),
+        )
+
+    def settle(self, z: Slots) -> Slots:
+        return (z[0], z[0], torch.zeros_like(z[2]))
 
 
 @dataclass(frozen=True)
@@ -180,11 +257,15 @@ class NonParametric(Learning):
 
     window: int | None = None
 
-    chained: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
     parametric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 1, f"NonParametric window={self.window}; must be at least 1")
+
+
+def _log(gate: Tensor) -> Tensor:
+    return gate.clamp_min(DECAY_EPS).log()
 
 
 def orthogonalize(x: Tensor, steps: int) -> Tensor:

@@ -24,8 +24,8 @@ from miras.engine.errors import (
     substituted_errors,
 )
 from miras.engine.problem import MemoryState, Problem
-from miras.engine.system import System, build_system
 from miras.memory import Linear, WeightShape
+from miras.system import System
 
 Stacked = dict[str, tuple[list[Tensor], Factors]]
 """Per weight the slots [n, B, H, d_in, d_out] at the start of every block, and the factors of its steps."""
@@ -101,8 +101,9 @@ class _RunScan:
         log_decay = self._blocks(problem.log_decay)
         per_channel = log_decay.dim() == k.dim()
         self.log_decay = log_decay.mT if per_channel else log_decay
-        chain = self.design.learning.chain(gates)
-        self.system = build_system((self.log_decay, *(x.unsqueeze(-2) if per_channel else x for x in chain)))
+        read = {gate.name: gates[gate.name] for gate in self.design.learning.gates}
+        read = {name: x.unsqueeze(-2) for name, x in read.items()} if per_channel else read
+        self.system = self.design.learning.system(self.log_decay, read)
         self.moving = path in ("triangular", "substituted")
         if self.moving:
             decayed = self.design.gradient_at == "decayed"

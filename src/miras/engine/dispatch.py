@@ -48,8 +48,8 @@ def refusal(path: str, design: Design) -> str | None:
         return "the design has fast weights"
     if path == "reference":
         return None
-    if not design.learning.chained:
-        return f"learning {design.learning.kind} is not a chain of leaky integrators"
+    if not design.learning.linear:
+        return f"learning {design.learning.kind} gives no block matrices"
     settles = design.retention.settles or design.learning.settles
     if path in ("triangular", "substituted"):
         if not design.retention.identity:

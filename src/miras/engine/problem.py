@@ -143,8 +143,7 @@ class Problem:
         slots, point = {}, {}
         for name, weight in self.weights.items():
             deviation = (weight - self.anchor(name)).expand(batch, *weight.shape)
-            rest = [torch.zeros_like(deviation)] * (learning.slots - 1)
-            slots[name] = torch.stack([deviation, *rest], dim=2)
+            slots[name] = torch.stack(learning.start(deviation), dim=2)
             point[name] = deviation
         return MemoryState(slots, point, torch.zeros(batch, dtype=torch.int64))
 

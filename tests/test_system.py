@@ -9,11 +9,24 @@ from torch import Tensor
 from miras import learning
 from miras.engine.chunk import token_deviations, written
 from miras.engine.errors import Factors
-from miras.engine.system import System, build_system
 from miras.memory import WeightShape
+from miras.system import System, build_system
 from tests.problems import assert_close
 
-CHAINED = [learning.GradientDescent(), learning.Momentum(), learning.MultiStep(2)]
+LINEAR = [
+    learning.GradientDescent(),
+    learning.Momentum(),
+    learning.MultiStep(2),
+    learning.Omega(1),
+    learning.Omega(2),
+    learning.Omega(4),
+    learning.Omega(12),
+    learning.Muon(2),
+    learning.OmegaMuon(2, window=1),
+    learning.OmegaMuon(2, window=3),
+    learning.OmegaMuon(2, window=12),
+    learning.Averaged(),
+]
 
 
 def gates_of(rule: learning.Learning, size: int) -> dict[str, Tensor]:
@@ -29,14 +42,14 @@ def by_steps(rule: learning.Learning, z: tuple[Tensor, ...], u: Tensor, decay: T
     return found
 
 
-@pytest.mark.parametrize("rule", CHAINED, ids=str)
-def test_chain_equals_repeated_steps(rule: learning.Learning) -> None:
+@pytest.mark.parametrize("rule", LINEAR, ids=str)
+def test_system_equals_repeated_steps(rule: learning.Learning) -> None:
     size = 7
     log_decay, gates = -torch.rand(size, dtype=torch.float64), gates_of(rule, size)
     z = tuple(torch.randn(rule.slots, dtype=torch.float64))
     u = torch.randn(size, dtype=torch.float64)
     expected = by_steps(rule, z, u, log_decay.exp(), gates)
-    system = build_system((log_decay, *rule.chain(gates)))
+    system = rule.system(log_decay, gates)
     read = system.mix @ u + sum(c * x for c, x in zip(system.carry, z, strict=True))
     assert_close(read, torch.stack([x[0] for x in expected]), "D_t")
     for slot in range(rule.slots):
@@ -45,7 +58,7 @@ def test_chain_equals_repeated_steps(rule: learning.Learning) -> None:
     assert len(system.carry) == len(system.write) == len(system.move) == rule.slots
 
 
-@pytest.mark.parametrize("rule", CHAINED, ids=str)
+@pytest.mark.parametrize("rule", LINEAR, ids=str)
 @pytest.mark.parametrize("decayed", [False, True])
 def test_system_before_a_step(rule: learning.Learning, decayed: bool) -> None:
     size = 5
@@ -54,13 +67,13 @@ def test_system_before_a_step(rule: learning.Learning, decayed: bool) -> None:
     after = torch.stack([x[0] for x in by_steps(rule, z, u, log_decay.exp(), gates)])
     expected = torch.cat((z[0][None], after[:-1]))
     expected = expected * log_decay.exp() if decayed else expected
-    system = build_system((log_decay, *rule.chain(gates)))
+    system = rule.system(log_decay, gates)
     mix, carry = system.before(log_decay if decayed else None)
     assert_close(mix @ u + sum(c * x for c, x in zip(carry, z, strict=True)), expected)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("rule", CHAINED, ids=str)
+@pytest.mark.parametrize("rule", LINEAR, ids=str)
 def test_decay_per_channel_acts_on_its_axis(rule: learning.Learning, axis: int) -> None:
     size, shape = 6, WeightShape(3, 4, axis)
     channels = (shape.d_in, shape.d_out)[axis]
@@ -70,7 +83,7 @@ def test_decay_per_channel_acts_on_its_axis(rule: learning.Learning, axis: int) 
     alpha = log_decay.exp().unsqueeze(-1 if axis == 0 else -2)
     u = pairs.x.unsqueeze(-1) * pairs.g.unsqueeze(-2)
     expected = by_steps(rule, z, u, alpha, gates)
-    system = build_system((log_decay.mT, *(x.unsqueeze(-2) for x in rule.chain(gates))))
+    system = rule.system(log_decay.mT, {name: x.unsqueeze(-2) for name, x in gates.items()})
     assert_close(token_deviations(z, system, pairs, shape), torch.stack([x[0] for x in expected]))
     for slot in range(rule.slots):
         total = written(pairs, system.write[slot], shape)

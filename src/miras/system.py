@@ -46,10 +46,15 @@ class System(NamedTuple):
         )
 
 
-def build_system(log_decays: tuple[Tensor, ...]) -> System:
-    """The system of a chain of leaky integrators with the given log-decays [..., (C), b], the first one being D's."""
+def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
+    """The system of a chain of leaky integrators with the given log-decays [..., (C), b], the first one being D's.
+
+    The last of them is fed, at each step, the sum of the last `window` inputs; with more than one, the window - 1 inputs
+    before the block are further slots, the latest first.
+    """
     sums = [x.cumsum(-1) for x in log_decays]
-    masks = [_decay_mask(x) for x in sums]
+    masks = [decay_mask(x) for x in sums]
+    recent = _recent(masks[0], window)
     carries, mixes = [], []
     for first in range(len(sums)):
         carry, product = [], None
@@ -57,14 +62,39 @@ def build_system(log_decays: tuple[Tensor, ...]) -> System:
             start = total.exp()
             carry.append(start if product is None else (product @ start.unsqueeze(-1)).squeeze(-1))
             product = mask if product is None else product @ mask
+        assert product is not None
+        # The input of j - 1 steps before the block is in the window of its first window - j steps.
+        carry += [product[..., : window - j].sum(-1) for j in range(1, window)]
         carries.append(carry)
-        mixes.append(product)
-    move = tuple((*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries))
-    return System(mixes[0], tuple(carries[0]), tuple(x[..., -1, :] for x in mixes), move)
+        mixes.append(product if window == 1 else product @ recent)
+    move = [(*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries)]
+    kept = _kept(carries[0][0], len(sums), window)
+    write = (*[x[..., -1, :] for x in mixes], *[x for x, _ in kept])
+    return System(mixes[0], tuple(carries[0]), write, (*move, *[x for _, x in kept]))
 
 
-def _decay_mask(total: Tensor) -> Tensor:
-    """exp(total_t - total_i) for i <= t, else 0."""
+def decay_mask(total: Tensor) -> Tensor:
+    """exp(total_t - total_i) for i <= t, else 0, of cumulative log-decays [..., b]."""
     size = total.shape[-1]
     future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
     return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
+
+
+def _recent(mask: Tensor, window: int) -> Tensor:
+    """[b, b]: 1 where input i is among the last `window` at step t."""
+    return mask.new_ones(mask.shape[-2:]).tril().triu(1 - window)
+
+
+def _kept(like: Tensor, chain: int, window: int) -> list[tuple[Tensor, tuple[Tensor | None, ...]]]:
+    """Rows of write and move for the slots that keep inputs: the one of j - 1 steps before the block's end."""
+    size = like.shape[-1]
+    rows: list[tuple[Tensor, tuple[Tensor | None, ...]]] = []
+    for j in range(1, window):
+        write = torch.zeros_like(like)
+        move: list[Tensor | None] = [None] * (chain + window - 1)
+        if j <= size:
+            write[..., size - j] = 1
+        else:
+            move[chain + j - size - 1] = torch.ones_like(like[..., 0])
+        rows.append((write, tuple(move)))
+    return rows
