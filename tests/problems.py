@@ -33,7 +33,7 @@ def random_problem(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Problem:
-    """A problem tame enough that its recurrence is not chaotic: unit keys, rates below 0.4, decays above 0.85.
+    """A problem tame enough that its recurrence is not chaotic: unit keys, rates below 0.4 a token, decays above 0.85.
 
     `rate` and `decay` are "head" or "channel" (`decay` also None); `slow` gives the memory's norm parameters.
     """
@@ -53,8 +53,11 @@ def random_problem(
     if not design.parametric:
         return {"design": design, "q": q, "k": k, "v": v}
     assert design.memory is not None
+    # Logits near 0 give nearly equal weights, whose products a norm would magnify beyond what float64 can compare.
+    assert design.retention is not None
+    spread = 1.5 if design.retention.logits else 0.5
     weights = {
-        name: 0.5 * normal(heads, shape.d_in, shape.d_out)
+        name: spread * normal(heads, shape.d_in, shape.d_out)
         for name, shape in design.memory.weights(width, value_width).items()
     }
     if slow:
@@ -63,14 +66,14 @@ def random_problem(
         }
     channels = {"head": (), "channel": (width,)}
     log_decay = None if decay is None else -uniform(0.01, 0.15, batch, tokens, heads, *channels[decay])
-    ranges = {"delta": (0.3, 4.0), "Delta": (0.05, 0.5), "mu": (0.1, 0.8)}
+    ranges = {"delta": (0.3, 4.0), "Delta": (0.05, 0.5), "mu": (0.1, 0.8), "ridge": (0.0, 1.5), "token": (0.2, 1.0)}
     return {
         "design": design,
         "q": q,
         "k": k,
         "v": v,
         "weights": weights,
-        "lr": uniform(0.05, 0.4, batch, steps, heads, *channels[rate]),
+        "lr": uniform(0.05, 0.4, batch, steps, heads, *channels[rate]) / design.learning.micro_steps,
         "log_decay": log_decay,
         "gates": {gate.name: uniform(*ranges[gate.name], batch, steps, heads) for gate in design.gates},
     }

@@ -53,6 +53,12 @@ def _gelu(z: Array) -> tuple[Array, Array]:
     return z * cdf, cdf + z * np.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
+def _gelu_tanh(z: Array) -> tuple[Array, Array]:
+    c = math.sqrt(2 / math.pi)
+    t = np.tanh(c * (z + 0.044715 * z**3))
+    return 0.5 * z * (1 + t), 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * c * (1 + 3 * 0.044715 * z * z)
+
+
 def _silu(z: Array) -> tuple[Array, Array]:
     s = 1 / (1 + np.exp(-z))
     return z * s, s + z * s * (1 - s)
@@ -66,11 +72,18 @@ def _relu(z: Array) -> tuple[Array, Array]:
     return np.maximum(z, 0), (z > 0).astype(float)
 
 
-ACTIVATIONS = {"gelu": _gelu, "silu": _silu, "tanh": _tanh, "relu": _relu, "identity": lambda z: (z, np.ones_like(z))}
+ACTIVATIONS = {
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "silu": _silu,
+    "tanh": _tanh,
+    "relu": _relu,
+    "identity": lambda z: (z, np.ones_like(z)),
+}
 
 
 def mlp(depth: int, activation: str = "gelu", residual: bool = True, norm: str | None = "layer") -> Callable[..., Any]:
-    """y = x + N(act(x up) ... down) * gain + shift."""
+    """y = x + N(act(x up) ... down) * gain + shift, each product with its bias where the weights have one."""
     names = ["up"] if depth == 1 else ["up", *[f"hidden{i}" for i in range(1, depth - 1)], "down"]
     act = ACTIVATIONS[activation]
 
@@ -79,7 +92,7 @@ def mlp(depth: int, activation: str = "gelu", residual: bool = True, norm: str |
         inputs, slopes, h = [], [], x
         for place, name in enumerate(names):
             inputs.append(h)
-            z = h @ weights[name]
+            z = h @ weights[name] + weights.get(f"{name}_bias", np.zeros((1, 1)))[0]
             h, slope = act(z) if place < depth - 1 else (z, np.ones_like(z))
             slopes.append(slope)
         if norm is None:
@@ -101,6 +114,8 @@ def mlp(depth: int, activation: str = "gelu", residual: bool = True, norm: str |
         for name, h, slope in zip(reversed(names), reversed(inputs), reversed(slopes), strict=True):
             delta = delta * slope
             found[name] = np.outer(h, delta)
+            if f"{name}_bias" in weights:
+                found[f"{name}_bias"] = delta[None]
             delta = weights[name] @ delta
         return found
 
@@ -118,6 +133,11 @@ def dot(y: Array, v: Array, gates: Gates) -> Array:
 def square(y: Array, v: Array, gates: Gates) -> Array:
     """1/2 ||e||^2."""
     return y - v
+
+
+def ridge(y: Array, v: Array, gates: Gates) -> Array:
+    """c/2 ||y||^2 - <y, v>."""
+    return gates["ridge"] * y - v
 
 
 def power(p: float) -> Callable[..., Array]:
@@ -334,6 +354,27 @@ def muon(steps: int) -> Learner:
         return [z[0] - z[1] + s, z[1]]
 
     return momentum()._replace(settle=settle)
+
+
+def omega_muon(steps: int, window: int) -> Learner:
+    """Muon, its momentum fed the sum of the last `window` u."""
+
+    def step(z: list[Array], u: Array, alpha: Array, gates: Gates) -> list[Array]:
+        recent = [*z[2], u][-window:]
+        s = gates["mu"] * z[1] + sum(recent)
+        return [alpha * z[0] + s, s, recent]
+
+    return Learner(lambda d: [d, 0 * d, []], step, lambda z: [*muon(steps).settle(z[:2]), z[2]])
+
+
+def averaged() -> Learner:
+    """D <- alpha P + c S, where P is D at the window's start and S the window's sum of u, both decaying."""
+
+    def step(z: list[Array], u: Array, alpha: Array, gates: Gates) -> list[Array]:
+        begun, total = alpha * z[1], alpha * z[2] + u
+        return [begun + gates["token"] * total, begun, total]
+
+    return Learner(lambda d: [d, d, 0 * d], step, lambda z: [z[0], z[0], 0 * z[2]])
 
 
 # The recurrence. --------------------------------------------------------------------------------------------------------

@@ -83,6 +83,14 @@ def test_pattern() -> None:
     assert models.yaad().designs == (models.yaad(),)
 
 
+@pytest.mark.parametrize("single", [memory.Vector(), memory.MLP(depth=1, fast_bias=True)], ids=str)
+@pytest.mark.parametrize("simplex", [retention.KL(), retention.FDivergence()], ids=str)
+def test_a_simplex_over_one_input_is_refused(single: memory.Memory, simplex: retention.Retention) -> None:
+    with pytest.raises(ValueError, match=r"have one input: they could not learn. Use SignedKL\(\)"):
+        Design(single, bias.L2(), simplex, learning.GradientDescent())
+    Design(single, bias.L2(), retention.SignedKL(), learning.GradientDescent())
+
+
 def test_facts() -> None:
     titans = Design(memory.MLP(), bias.Huber(), retention.L2(), learning.Momentum())
     assert [gate.name for gate in titans.gates] == ["delta", "mu"]

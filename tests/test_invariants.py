@@ -190,12 +190,7 @@ def test_rows_in_different_phases(row: Row) -> None:
             assert_same_state(end.index_select(torch.tensor([index])), final)
 
 
-def constant(design: Design) -> bool:
-    """A vector memory has one input an output unit, on which a simplex leaves no freedom."""
-    return isinstance(design.memory, memory.Vector) and isinstance(design.retention, (retention.KL, retention.FDivergence))
-
-
-@pytest.mark.parametrize("row", [row for row in ROWS if not constant(row.design)], ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=str)
 def test_no_dead_inputs(row: Row) -> None:
     """Every input has a gradient, q at every token, and v too (but where Huber clips an error)."""
     d = row.design
@@ -240,7 +235,7 @@ def option(part: str, a: Choice, b: Choice, base: Design = BASE) -> tuple[Design
 
 
 for _cls, _part, _changes in (
-    (memory.MLP(), "memory", {"activation": "tanh", "residual": False, "norm": "rms"}),
+    (memory.MLP(), "memory", {"activation": "tanh", "residual": False, "norm": "rms", "fast_bias": True}),
     (bias.Lp(), "bias", {"p": 2.5}),
     (bias.Huber("norm"), "bias", {"form": "coordinate"}),
     (retention.Lq(), "retention", {"q": 5.0}),
@@ -253,6 +248,7 @@ for _cls, _part, _changes in (
     (retention.ProximalElasticNet(0.1), "retention", {"threshold": 0.2}),
     (learning.Omega(3), "learning", {"window": 2}),
     (learning.Muon(5), "learning", {"steps": 3}),
+    (learning.OmegaMuon(5), "learning", {"steps": 3, "window": 2}),
 ):
     for _field, _value in _changes.items():
         OPTIONS[type(_cls), _field] = option(_part, _cls, replace(_cls, **{_field: _value}))

@@ -26,6 +26,7 @@ CASES: dict[str, tuple[Memory, object]] = {
         )
         if depth > 1 or act == "gelu"
     },
+    **{f"fast bias {depth}": (MLP(depth, 1.5, fast_bias=True), r.mlp(depth)) for depth in (1, 2, 3)},
 }
 
 
@@ -104,6 +105,10 @@ def test_shapes() -> None:
         "hidden2": (10, 10, None),
         "down": (10, 5, 1),
     }
+    assert MLP(1, fast_bias=True).weights(3, 3) == {"up": (3, 3, 0), "up_bias": (1, 3, 1)}
+    fast = MLP(2, 2.0, fast_bias=True)
+    assert fast.weights(3, 3) == {"up": (3, 6, 0), "down": (6, 3, 1), "up_bias": (1, 6, None), "down_bias": (1, 3, 1)}
+    assert fast.offsets == ("up_bias", "down_bias")
     assert GatedMLP(2.0).weights(3, 5) == {"gate": (3, 10, 0), "up": (3, 10, 0), "down": (10, 5, 1)}
     assert MLP(2, 0.01).weights(3, 3)["up"].d_out == 1
 
@@ -134,7 +139,7 @@ def test_norm_eps_at_its_edge(norm: str) -> None:
     [
         (lambda: MLP(depth=0), "depth=0.*at least 1"),
         (lambda: MLP(expansion=0.0), "expansion=0.0; must be positive"),
-        (lambda: MLP(activation="swish"), "activation='swish'; allowed: 'gelu', 'silu'"),
+        (lambda: MLP(activation="swish"), "activation='swish'; allowed: 'gelu', 'gelu_tanh', 'silu'"),
         (lambda: MLP(norm="batch"), "norm='batch'; allowed: 'layer', 'rms', None"),
         (lambda: GatedMLP(-1.0), "expansion=-1.0; must be positive"),
         (lambda: Vector().weights(3, 4), "key width 3 must equal value width 4"),

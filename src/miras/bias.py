@@ -101,6 +101,30 @@ class L2(Bias):
 
 
 @dataclass(frozen=True)
+class RidgeDot(Bias):
+    """Dot-product similarity with a ridge on the prediction: l = c/2 ||y||^2 - <y, v>, gradient c y - v; gate c ("ridge").
+
+    c = 1 is `L2` up to a constant, c = 0 is `Dot`; one learner can so remove at one key and write at another, as RWKV-7
+    does (with v = 0 and c = 1 it forgets what the memory holds at k). Source: RWKV-7 (arXiv 2503.14456) Sec. 4.1.
+    """
+
+    slope: ClassVar[Literal["constant", "affine", "general"]] = "affine"
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        return (Gate("ridge", initial=1.0),)
+
+    def loss(self, y: Tensor, v: Tensor, gates: Gates) -> Tensor:
+        return 0.5 * gates["ridge"].squeeze(-1) * y.square().sum(-1) - (y * v).sum(-1)
+
+    def gradient(self, y: Tensor, v: Tensor, gates: Gates) -> Tensor:
+        return gates["ridge"] * y - v
+
+    def implicit_gradient(self, y: Tensor, v: Tensor, gates: Gates, step: Tensor) -> Tensor:
+        return (gates["ridge"] * y - v) / (1 + step * gates["ridge"])
+
+
+@dataclass(frozen=True)
 class Lp(Bias):
     """l_p regression: l = 1/p sum (e^2 + 1e-6)^(p/2), gradient e (e^2 + 1e-6)^(p/2 - 1).
 

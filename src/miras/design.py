@@ -67,6 +67,13 @@ class Design(Choice):
             f"bias {self.bias.kind} takes an implicit step, which has a closed form for a linear memory only; got "
             f"{self.memory.kind}. Use Matrix(), or the bias without its envelope",
         )
+        assert self.retention is not None
+        single = [name for name, shape in self.memory.weights(64, 64).items() if shape.d_in == 1]
+        require(
+            not (self.retention.simplex and single),
+            f"retention {self.retention.kind} keeps the inputs of each output unit on a simplex, and {single} of "
+            f"{self.memory} have one input: they could not learn. Use SignedKL(), or a memory without them",
+        )
 
     @property
     def parametric(self) -> bool:

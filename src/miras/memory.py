@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ NORM_EPS = 1e-5
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
     "tanh": torch.tanh,
@@ -51,6 +53,11 @@ class Memory(Choice, abstract=True):
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         """Names and shapes of the fast weights for keys of `key_dim` and values of `value_dim`."""
         raise NotImplementedError
+
+    @property
+    def offsets(self) -> tuple[str, ...]:
+        """Names of the fast weights that are added and not multiplied by; a layer starts them at zero."""
+        return ()
 
     def slow(self, value_dim: int) -> dict[str, float]:
         """Names of the optional slow parameters (each of shape [H, value_dim]) and their neutral values."""
@@ -92,7 +99,8 @@ class MLP(Memory):
 
     `depth` counts the weights: 1 is x + LN(x @ up), 2 is up and down, 3 adds hidden1. LN has eps 1e-5 and no affine
     part unless the slow parameters "norm.weight" and "norm.bias" are given. `residual=False` drops the leading x,
-    `norm=None` the normalisation ("layer" or "rms" otherwise). Source: Miras Sec. 5.3, Titans Sec. 3.1, TTT Sec. 2.7.
+    `norm=None` the normalisation ("layer" or "rms" otherwise). `fast_bias` adds a fast weight "up_bias", ... of shape
+    (1, d_out) to every product. Source: Miras Sec. 5.3, Titans Sec. 3.1, TTT Sec. 2.7 (with fast biases).
     """
 
     depth: int = 2
@@ -100,6 +108,7 @@ class MLP(Memory):
     activation: str = "gelu"
     residual: bool = True
     norm: str | None = "layer"
+    fast_bias: bool = False
 
     def __post_init__(self) -> None:
         require(self.depth >= 1, f"MLP depth={self.depth}; it counts the weight matrices and must be at least 1")
@@ -110,15 +119,26 @@ class MLP(Memory):
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         if self.residual:
             _require_square(self, key_dim, value_dim)
-        if self.depth == 1:
-            return {"up": WeightShape(key_dim, value_dim, 0)}
-        width = max(1, round(self.expansion * value_dim))
-        hidden = {f"hidden{i}": WeightShape(width, width, None) for i in range(1, self.depth - 1)}
-        return {
-            "up": WeightShape(key_dim, width, 0),
-            **hidden,
-            "down": WeightShape(width, value_dim, 1),
-        }
+        width = value_dim if self.depth == 1 else max(1, round(self.expansion * value_dim))
+        shapes = {"up": WeightShape(key_dim, width, 0)}
+        for name in self._names[1:-1]:
+            shapes[name] = WeightShape(width, width, None)
+        if self.depth > 1:
+            shapes["down"] = WeightShape(width, value_dim, 1)
+        last = self._names[-1]
+        for name in self._names if self.fast_bias else ():
+            d_out = shapes[name].d_out
+            shapes[f"{name}_bias"] = WeightShape(1, d_out, 1 if name == last else None)
+        return shapes
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        hidden = [f"hidden{i}" for i in range(1, self.depth - 1)]
+        return ("up",) if self.depth == 1 else ("up", *hidden, "down")
+
+    @property
+    def offsets(self) -> tuple[str, ...]:
+        return tuple(f"{name}_bias" for name in self._names) if self.fast_bias else ()
 
     def slow(self, value_dim: int) -> dict[str, float]:
         if self.norm is None:
@@ -127,9 +147,9 @@ class MLP(Memory):
 
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         act = ACTIVATIONS[self.activation]
-        y = linear("up", x)
-        for i in range(1, self.depth):
-            y = linear("down" if i == self.depth - 1 else f"hidden{i}", act(y))
+        y = self._product("up", x, linear)
+        for name in self._names[1:]:
+            y = self._product(name, act(y), linear)
         if self.norm is not None:
             y = normalize(y, self.norm)
             if "norm.weight" in slow:
@@ -137,6 +157,10 @@ class MLP(Memory):
             if "norm.bias" in slow:
                 y = y + slow["norm.bias"]
         return x + y if self.residual else y
+
+    def _product(self, name: str, x: Tensor, linear: Linear) -> Tensor:
+        y = linear(name, x)
+        return y + linear(f"{name}_bias", torch.ones_like(x[..., :1])) if self.fast_bias else y
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,15 @@ class Retention(Choice, abstract=True):
     """A link A -> W, its inverse, and its tangent.
 
     Facts: `identity` means that link(A) is A; `settles` that the state itself changes at window ends (see `settle`);
-    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function.
+    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function; `simplex` that
+    each output unit's inputs share a fixed sum, so that a weight with one input could not learn.
     """
 
     family: ClassVar[str] = "retention"
     identity: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     logits: ClassVar[bool] = False
+    simplex: ClassVar[bool] = False
 
     def link(self, dual: Tensor) -> Tensor:
         """W for A of shape [..., d_in, d_out]."""
@@ -159,6 +161,7 @@ class KL(Retention):
 
     settles: ClassVar[bool] = True
     logits: ClassVar[bool] = True
+    simplex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_mass(self.mass)
@@ -305,6 +308,7 @@ class FDivergence(Retention):
 
     settles: ClassVar[bool] = True
     logits: ClassVar[bool] = True
+    simplex: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_one_of("FDivergence name", self.name, tuple(_DIVERGENCES))

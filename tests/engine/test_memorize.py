@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -219,6 +219,13 @@ def test_refused_paths() -> None:
         run(random_problem(ATTENTION), path="reference")
 
 
+@dataclass(frozen=True)
+class StepByStep(learning.GradientDescent):
+    """A user's rule that gives its step only."""
+
+    linear: ClassVar[bool] = False
+
+
 EXPLAINED = {
     "triangular": (DELTA, {"attention", "frozen"}),
     "substituted": (replace(YAAD, refresh=1), {"attention", "triangular", "frozen"}),
@@ -228,7 +235,7 @@ EXPLAINED = {
         {"attention", "triangular", "substituted", "frozen"},
     ),
     "reference": (
-        replace(YAAD, learning=learning.Omega(2)),
+        replace(YAAD, learning=StepByStep()),
         {"attention", "triangular", "substituted", "frozen", "recurrent"},
     ),
     "attention": (ATTENTION, {"triangular", "substituted", "frozen", "recurrent", "reference"}),

@@ -27,6 +27,7 @@ IMPLICIT = {bias.L2: r.longhorn, bias.Huber: r.implicit_huber, bias.Robust: r.im
 BIASES: dict[type[bias.Bias], Callable[[Any], Any]] = {
     bias.Dot: lambda b: r.dot,
     bias.L2: lambda b: r.square,
+    bias.RidgeDot: lambda b: r.ridge,
     bias.Lp: lambda b: r.power(b.p),
     bias.Huber: lambda b: r.huber(b.form),
     bias.Robust: lambda b: r.robust,
@@ -53,9 +54,11 @@ LEARNINGS: dict[type[learning.Learning], Callable[[Any], r.Learner]] = {
     learning.MultiStep: lambda x: r.descent(x.n),
     learning.Omega: lambda x: r.omega(x.window),
     learning.Muon: lambda x: r.muon(x.steps),
+    learning.OmegaMuon: lambda x: r.omega_muon(x.steps, x.window),
+    learning.Averaged: lambda x: r.averaged(),
 }
 
-AXES = {"W": 0, "w": 1, "up": 0, "gate": 0, "down": 1}
+AXES = {"W": 0, "w": 1, "up": 0, "gate": 0, "down": 1, "up_bias": 1, "down_bias": 1}
 
 
 def by_hand(problem: Problem, row: int, head: int) -> tuple[r.Array, r.Weights]:
@@ -138,7 +141,7 @@ CHECKED = {
     "gated delta rule": deep(bias.L2(), refresh=1, memory=memory.Matrix(), gradient_at="decayed"),
     "online Huber": deep(bias.Huber("norm"), refresh=1, memory=memory.Matrix()),
     "KL": deep(bias.L2(), refresh=2, retention=retention.KL(), link_at="refresh", memory=memory.GatedMLP(1.0)),
-    "Jensen-Shannon": deep(bias.Dot(), refresh=1, retention=retention.FDivergence("jensen_shannon"), memory=memory.Vector()),
+    "Jensen-Shannon": deep(bias.Dot(), refresh=1, retention=retention.FDivergence("jensen_shannon"), memory=memory.Matrix()),
     "Muon": deep(bias.L2(), refresh=2, retention=retention.LqMirror(4.0), learning=learning.Muon(2)),
     "implicit": deep(bias.Envelope(bias.Robust()), refresh=2, memory=memory.Matrix(), learning=learning.MultiStep(2)),
 }
