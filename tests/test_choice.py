@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from miras import bias, design, inputs, learning, memory, models, retention
+from miras import bias, design, features, inputs, learning, memory, models, retention
 from miras.choice import Choice, require, require_one_of
 from tests.table import FACTORS
 
-MODULES = (memory, bias, retention, learning, inputs, design)
+MODULES = (memory, bias, retention, learning, inputs, features, design)
 
 GATES = [
     inputs.Constant(0.5),
@@ -20,6 +20,10 @@ GATES = [
     inputs.Softplus(3.0),
     inputs.LogDecay(100.0, 2.0),
     inputs.MambaDecay(per_channel=True),
+    features.FixedDecay("slopes", 0.5),
+    features.BoundedDecay(per_channel=True, rank=4, between="tanh"),
+    features.TimeStep(),
+    features.WindowRate(8),
 ]
 
 MEMBERS: list[Choice] = [
@@ -33,7 +37,15 @@ MEMBERS: list[Choice] = [
     inputs.Normalized(),
     inputs.Normalized(values=True),
     inputs.Positive(),
-    inputs.Rotary(500.0),
+    inputs.Rotary(500.0, scaled=True),
+    inputs.Plain(),
+    features.MiniBatch(length=8),
+    features.ForgetKeys(0.2),
+    features.DiagonalImplicit(),
+    features.Discretized(),
+    features.InContext(),
+    features.Polynomial(),
+    inputs.Output("layer", groups=2, gate="sigmoid", rank=3, gate_bias=True),
     inputs.Inputs(),
     inputs.Inputs(
         features=inputs.Positive(),
@@ -56,7 +68,7 @@ def public_classes() -> set[type[Choice]]:
     for module in MODULES:
         for x in vars(module).values():
             if isinstance(x, type) and issubclass(x, Choice) and x.__module__ == module.__name__:
-                families = "family" in vars(x) and x not in (design.Design, design.Pattern, inputs.Inputs)
+                families = "family" in vars(x) and x not in (design.Design, design.Pattern, inputs.Inputs, inputs.Output)
                 found |= set() if families else {x}
     return found
 

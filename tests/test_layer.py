@@ -15,7 +15,7 @@ from miras.bias import L2, Huber, Robust
 from miras.design import Design, Pattern
 from miras.engine import memorize
 from miras.engine.chunk import run_chunks
-from miras.inputs import Constant, Inputs, LogDecay, Sigmoid, Softplus
+from miras.inputs import Constant, Inputs, LogDecay, Output, Sigmoid, Softplus
 from miras.layer import LayerState, MemoryLayer, default_map
 from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
 from miras.memory import MLP, Matrix, Vector
@@ -90,8 +90,7 @@ def test_every_option_of_the_inputs_changes_the_output() -> None:
         "activation": None,
         "weight_std": 0.1,
         "norm_gain": 0.5,
-        "output_norm": False,
-        "output_gate": False,
+        "output": Output(norm=None),
         "decay": None,
         "rate": Constant(0.1),
         "features": __import__("miras.inputs").inputs.Positive(),
@@ -266,6 +265,20 @@ def test_every_initial_value_is_restored() -> None:
             assert shapes == {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_ratio": 0.3}, "key_ratio=0.3 times head_dim=8 is 2.4; it must be a whole number"),
+        ({"key_heads": 3}, "key_heads=3 must divide num_heads=2"),
+        ({"output": Output(groups=3)}, "groups=3 must divide num_heads=2"),
+        ({"value_ratio": 2.0}, "key width 8 must equal value width 16"),
+    ],
+)
+def test_illegal_widths(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        layer(design(inputs=Inputs(**change)))
+
+
 def test_meta_device() -> None:
     with torch.device("meta"):
         mix = MemoryLayer(16, 2, design(retention=SignedKL()))
@@ -288,7 +301,7 @@ def test_meta_device() -> None:
         (
             {"design": design(memory=MLP(depth=3), inputs=Inputs(rate=Sigmoid(per_channel=True)))},
             ValueError,
-            "weight 'hidden1'.*no axis of head_dim=8",
+            "weight 'hidden1'.*no axis of 8 channels, the key width",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The pieces of a layer: the short convolution against torch's, packing and padding back."""
+"""The pieces of a layer: the short convolution and the norms against torch's, token shift, packing and padding back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from miras.modules import ShortConvolution
+from miras.inputs import Output
+from miras.modules import LowRank, OutputNorm, ShortConvolution, TokenShift
 from miras.packing import Packing
 
 
@@ -24,6 +25,64 @@ def test_convolution_is_torchs(width: int, length: int) -> None:
     theirs = torch.autograd.grad(want, (x, conv.weight), grad)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+
+
+def test_convolution_with_a_bias() -> None:
+    conv = ShortConvolution(5, 4, bias=True).double()
+    assert torch.equal(conv.bias, torch.zeros(5, dtype=torch.float64))
+    x = torch.randn(2, 7, 5, dtype=torch.float64)
+    torch.nn.init.normal_(conv.bias)
+    want = F.conv1d(x.mT, conv.weight, conv.bias, padding=3, groups=5)[..., :7].mT
+    torch.testing.assert_close(conv(x)[0], want, rtol=0, atol=1e-14)
+
+
+def test_token_shift() -> None:
+    shift = TokenShift(3, ("a", "b")).double()
+    x = torch.randn(2, 5, 3, dtype=torch.float64)
+    before = torch.cat((torch.zeros(2, 1, 3, dtype=torch.float64), x[:, :-1]), 1)
+    found, tail = shift(x, keep=True)
+    assert torch.equal(tail, x[:, -1:])
+    for name in ("a", "b"):
+        torch.nn.init.normal_(shift.get_parameter(name))
+    found, _ = shift(x)
+    for name, y in found.items():
+        torch.testing.assert_close(y, x + shift.get_parameter(name) * (before - x), rtol=0, atol=1e-14)
+    first, tail = shift(x[:, :2], keep=True)
+    second, _ = shift(x[:, 2:], tail)
+    torch.testing.assert_close(torch.cat((first["b"], second["b"]), 1), found["b"], rtol=0, atol=1e-14)
+
+
+NORMS = {
+    "rms": lambda x, w, b: F.rms_norm(x, (4,), eps=1e-3) * w,
+    "layer": lambda x, w, b: F.layer_norm(x, (4,), eps=1e-3) * w + b,
+    "rms, own": lambda x, w, b: F.rms_norm(x, (4,), eps=1e-3) * w.view(6, 4),
+    "layer, own": lambda x, w, b: F.group_norm(x.flatten(-2).view(-1, 24), 6, w, b, eps=1e-3).view(x.shape),
+    "rms 1": lambda x, w, b: F.rms_norm(x.flatten(-2), (24,), w, eps=1e-3).view(x.shape),
+    "layer 1": lambda x, w, b: F.layer_norm(x.flatten(-2), (24,), w, b, eps=1e-3).view(x.shape),
+    "rms 2": lambda x, w, b: F.rms_norm(x.unflatten(-2, (2, 3)).flatten(-2), (12,), eps=1e-3).view(x.shape) * w.view(6, 4),
+    "layer 3": lambda x, w, b: F.group_norm(x.flatten(-2).view(-1, 24), 3, w, b, eps=1e-3).view(x.shape),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_output_norms_are_torchs(name: str) -> None:
+    kind, _, number = name.replace(",", "").partition(" ")
+    output = Output(kind, groups=int(number) if number.isdigit() else None, shared=number != "own")
+    norm = OutputNorm(output, 6, 4, 1e-3).double()
+    assert len(norm.weight) == (4 if number == "" else 24)
+    for p in norm.parameters():
+        torch.nn.init.normal_(p)
+    x = torch.randn(2, 3, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(norm(x), NORMS[name](x, norm.weight, norm.bias), rtol=0, atol=1e-12)
+    half = norm.bfloat16()(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+def test_low_rank() -> None:
+    low = LowRank(5, 2, 3, "tanh", bias=True).double()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    torch.testing.assert_close(low(x), (x @ low[0].weight.T).tanh() @ low[1].weight.T + low[1].bias)
+    assert low[0].bias is None
 
 
 def test_convolution_derivatives() -> None:

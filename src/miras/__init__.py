@@ -11,7 +11,7 @@ A model is four choices (Miras, arXiv 2504.13173, Table 1):
 `models` holds the named ones.
 """
 
-from miras import bias, inputs, learning, memory, models, retention
+from miras import bias, features, inputs, learning, memory, models, retention
 from miras.design import Design, Pattern
 from miras.engine import PATHS, AttentionState, MemoryState, explain, memorize
 from miras.layer import MemoryLayer
@@ -32,6 +32,7 @@ __all__ = [
     "Pattern",
     "bias",
     "explain",
+    "features",
     "inputs",
     "learning",
     "memorize",

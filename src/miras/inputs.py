@@ -1,21 +1,22 @@
-"""How a layer makes a memory's inputs from hidden states: features of q and k, gate maps, and initial scales.
+"""How a layer makes a memory's inputs from hidden states, and hidden states from what it reads.
 
-None of it is part of the recurrence, but all of it is part of a model: where rates and decays start decides whether a
-deep memory learns (docs/results).
+Features of q and k, gate maps and initial scales; those of one paper only are in `miras.features`. None of it is part of
+the recurrence, but all of it is part of a model: where rates and decays start decides whether a deep memory learns
+(docs/results).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.choice import Choice, require, require_one_of
+from miras.choice import Choice, Gate, require, require_one_of
 
 UNIT_EPS = 1e-6
 """Added to ||x||^2 under the square root when keys and queries are normalised."""
@@ -25,8 +26,8 @@ UNIT_EPS = 1e-6
 class GateMap(Choice, abstract=True):
     """A gate as a function of a linear projection x of the hidden state, one number per head or per channel.
 
-    Facts: `projected` is False when the gate does not depend on the hidden state. `per_channel` asks for C numbers a head
-    instead of one, `rank` for a low-rank projection (None: full).
+    Facts: `projected` is False when the gate depends on a token's position only. `per_channel` asks for C numbers a head
+    instead of one, `rank` for a low-rank projection (None: full), `between` for an activation in the middle of it.
     """
 
     family: ClassVar[str] = "gate map"
@@ -34,13 +35,14 @@ class GateMap(Choice, abstract=True):
 
     per_channel: bool = field(default=False, kw_only=True)
     rank: int | None = field(default=None, kw_only=True)
+    between: str | None = field(default=None, kw_only=True)
 
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Learned numbers and their initial values, for a gate of shape [H] or [H, C]."""
         return {}
 
-    def __call__(self, x: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        """The gate [..., H] or [..., H, C] from its projection x and its parameters."""
+    def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        """The gate [..., H] or [..., H, C] from its projection x (or the positions, if not projected) and its parameters."""
         raise NotImplementedError
 
 
@@ -52,11 +54,8 @@ class Constant(GateMap):
 
     projected: ClassVar[bool] = False
 
-    def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        return {}
-
-    def __call__(self, x: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        return torch.tensor(self.value)
+    def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
+        return torch.full_like(x, self.value)
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class Sigmoid(GateMap):
         ratio = self.initial / self.maximum
         return {"bias": torch.full(shape, math.log(ratio / (1 - ratio)))}
 
-    def __call__(self, x: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        assert x is not None
+    def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         return self.maximum * torch.sigmoid(x + p["bias"])
 
 
@@ -93,8 +91,7 @@ class Softplus(GateMap):
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"bias": torch.full(shape, _inverse_softplus(self.initial))}
 
-    def __call__(self, x: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        assert x is not None
+    def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         return F.softplus(x + p["bias"])
 
 
@@ -116,8 +113,7 @@ class LogDecay(GateMap):
         log_alpha = -self.temperature / self.horizon
         return {"bias": torch.full(shape, log_alpha - math.log(-math.expm1(log_alpha)))}
 
-    def __call__(self, x: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        assert x is not None
+    def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         return F.logsigmoid(x + p["bias"]) / self.temperature
 
 
@@ -125,28 +121,87 @@ class LogDecay(GateMap):
 class MambaDecay(GateMap):
     """log alpha = -exp(A_log) softplus(x + dt_bias), A uniform in [1, 16], dt log-uniform in [0.001, 0.1].
 
-    Source: Mamba2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
+    Per channel dt_bias is too, A_log stays one a head.
+    Source: Gated DeltaNet (arXiv 2412.06464), after Mamba2; per channel Kimi Linear (arXiv 2510.26692) Sec. 3.
     """
 
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        rate = torch.empty(shape).uniform_(1, 16)
-        dt = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().clamp_min(1e-4)
-        return {"A_log": rate.log(), "dt_bias": dt + torch.log(-torch.expm1(-dt))}
+        rate = torch.empty(shape[0], *[1] * (len(shape) - 1)).uniform_(1, 16)
+        return {"A_log": rate.log(), "dt_bias": initial_time_steps(shape)}
 
-    def __call__(self, x: Tensor | None, p: Mapping[str, Tensor]) -> Tensor:
-        assert x is not None
+    def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         return -p["A_log"].exp() * F.softplus(x + p["dt_bias"])
 
 
 @dataclass(frozen=True)
+class Stream:
+    """What the layer makes of the hidden states for its memory, before or after its features.
+
+    q          [B, T, H, K]; k [B, T n, H, K], v [B, T n, H, V] with n micro-steps a token
+    lr         [B, T n, H] or per channel [B, T n, H, K]; log_decay [B, T, H] or [B, T, H, K]; None where there is none
+    gates      by name, [B, T n, H]; those that the features use up, of any width
+    positions  [B, T] or [1, T], counting from the start of each sequence
+    shared     what the first layer of its kind hands to the later ones at the same tokens
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lr: Tensor | None
+    log_decay: Tensor | None
+    gates: Mapping[str, Tensor]
+    positions: Tensor
+    shared: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+Norm = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Features(Choice, abstract=True):
-    """What happens to q, k and v after their projection (and convolution)."""
+    """What lies between a layer's projections and its memory: a map of q, k, v and gates, and of what is read.
+
+    `scaled` divides q by sqrt(K). Facts: `makes_steps` says that the features make the micro-steps of a token themselves, so
+    that the layer projects one key, value and rate a token; `per_channel` that they make rates or decays per channel;
+    `supplies` names gates of the design that they make, `gates` are those they use up, one number a channel of the values;
+    `shares` that the first layer of their kind hands something on to the later ones.
+    """
 
     family: ClassVar[str] = "features"
+    makes_steps: ClassVar[bool] = False
+    per_channel: ClassVar[bool] = False
+    shares: ClassVar[bool] = False
+    supplies: ClassVar[tuple[str, ...]] = ()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map q, k, v [B, T, H, D], `positions` [B, T] counting from the start of each sequence."""
+    scaled: bool = field(default=False, kw_only=True)
+
+    def gates(self, first: bool) -> tuple[Gate, ...]:
+        """Gates that only the features read; `first` in the first layer of their kind."""
+        return ()
+
+    def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
+        """Widths of the keys and values that the memory meets, for projected heads of these widths."""
+        return key_dim, value_dim
+
+    def parameters(self, num_heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
+        """Learned numbers and their initial values."""
+        return {}
+
+    def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
+        """The stream that the memory is fed."""
         raise NotImplementedError
+
+    def read(self, out: Tensor, made: Stream, p: Mapping[str, Tensor], norm: Norm) -> Tensor:
+        """What becomes of the memory's outputs [B, T, H, V]: normalised by the layer's `norm`, unless more is to be done."""
+        return norm(out)
+
+
+@dataclass(frozen=True)
+class Plain(Features):
+    """q, k and v as they are."""
+
+    def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
+        return s
 
 
 @dataclass(frozen=True)
@@ -158,17 +213,40 @@ class Normalized(Features):
 
     values: bool = False
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _unit(q), _unit(k), _unit(v) if self.values else v
+    def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
+        return replace(s, q=unit(s.q), k=unit(s.k), v=unit(s.v) if self.values else s.v)
+
+
+NORMALIZER_EPS = 1e-6
+"""Added to the normaliser of linear attention."""
+
+POSITIVE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {"elu": lambda x: 1 + F.elu(x), "relu": F.relu, "exp": torch.exp}
 
 
 @dataclass(frozen=True)
 class Positive(Features):
-    """Feature map of linear attention: 1 + elu(x), scaled by 1 / sqrt(D). Source: Katharopoulos et al. 2020, Eq. 7."""
+    """Feature map of linear attention on q and k, scaled by 1 / sqrt(K): "elu" is 1 + elu(x), "relu", or "exp".
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        scale = q.shape[-1] ** -0.5
-        return scale * (1 + F.elu(q)), scale * (1 + F.elu(k)), v
+    With `normalizer` the memory also sums the keys, as one more value that is always 1, and its outputs are divided by what
+    that reads: o = q S / (q z + 1e-6). Source: Katharopoulos et al. 2020 (arXiv 2006.16236), Eq. 4-7.
+    """
+
+    map: str = "elu"
+    normalizer: bool = False
+
+    def __post_init__(self) -> None:
+        require_one_of("Positive map", self.map, tuple(POSITIVE_MAPS))
+
+    def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
+        return key_dim, value_dim + int(self.normalizer)
+
+    def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
+        feature, scale = POSITIVE_MAPS[self.map], s.q.shape[-1] ** -0.5
+        v = F.pad(s.v, (0, 1), value=1.0) if self.normalizer else s.v
+        return replace(s, q=scale * feature(s.q), k=scale * feature(s.k), v=v)
+
+    def read(self, out: Tensor, made: Stream, p: Mapping[str, Tensor], norm: Norm) -> Tensor:
+        return norm(out[..., :-1] / (out[..., -1:] + NORMALIZER_EPS) if self.normalizer else out)
 
 
 @dataclass(frozen=True)
@@ -177,33 +255,82 @@ class Rotary(Features):
 
     theta: float = 10000.0
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        half = q.shape[-1] // 2
-        require(q.shape[-1] == 2 * half, f"Rotary needs an even head width, got {q.shape[-1]}")
-        frequency = self.theta ** (-torch.arange(half, device=q.device, dtype=torch.float32) / half)
-        angle = positions[..., None, None].float() * frequency
-        cos, sin = angle.cos().to(q.dtype), angle.sin().to(q.dtype)
+    def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
+        half = s.q.shape[-1] // 2
+        require(s.q.shape[-1] == 2 * half, f"Rotary needs an even head width, got {s.q.shape[-1]}")
+        dtype = torch.promote_types(s.q.dtype, torch.float32)
+        frequency = self.theta ** (-torch.arange(half, device=s.q.device, dtype=dtype) / half)
+        angle = s.positions[..., None, None].to(dtype) * frequency
+        cos, sin = angle.cos().to(s.q.dtype), angle.sin().to(s.q.dtype)
+        steps = s.k.shape[1] // s.q.shape[1]
 
-        def rotate(x: Tensor) -> Tensor:
+        def rotate(x: Tensor, times: int) -> Tensor:
+            c, n = cos.repeat_interleave(times, 1), sin.repeat_interleave(times, 1)
             a, b = x[..., :half], x[..., half:]
-            return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+            return torch.cat((a * c - b * n, b * c + a * n), dim=-1)
 
-        return rotate(q), rotate(k), v
+        return replace(s, q=rotate(s.q, 1), k=rotate(s.k, steps))
+
+
+@dataclass(frozen=True)
+class Output(Choice):
+    """How a layer's read-outs become hidden states: normalised, gated by the hidden state, projected.
+
+    norm         "rms", "layer" or None, over the channels of each head, or of all heads in each of `groups` groups (1: all)
+    shared       one weight a channel, the same for every head (False: its own for every head, as groups have)
+    gate         activation of the gate, a linear projection of the hidden state; None for no gate. `rank`, `between`: of a
+                 low-rank projection and the activation in its middle, `gate_bias` a bias at its end
+    gate_first   the gate is applied before the norm
+    eps          of the norm (None: the layer's)
+    """
+
+    family: ClassVar[str] = "output"
+
+    norm: str | None = "rms"
+    groups: int | None = None
+    shared: bool = True
+    gate: str | None = "silu"
+    gate_first: bool = False
+    rank: int | None = None
+    between: str | None = None
+    gate_bias: bool = False
+    eps: float | None = None
+
+    def __post_init__(self) -> None:
+        require_one_of("Output norm", self.norm, ("rms", "layer", None))
+        require_one_of("Output gate", self.gate, (*GATE_ACTIVATIONS, None))
+        require_one_of("Output between", self.between, (*GATE_ACTIVATIONS, None))
+        require(self.groups is None or self.groups >= 1, f"Output groups={self.groups}; must be at least 1, or None")
+        require(self.rank is None or self.rank >= 1, f"Output rank={self.rank}; must be at least 1, or None for full rank")
+
+
+GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+    "tanh": torch.tanh,
+    "identity": lambda x: x,
+}
 
 
 @dataclass(frozen=True)
 class Inputs(Choice):
-    """How a layer makes q, k, v and the gates, and how it draws the initial memory.
+    """How a layer makes q, k, v and the gates, how it draws the initial memory, and what it does with what it reads.
 
-    features    map on q, k and v after projection, convolution of width `conv_size` (0: none) and `activation`
-    rate        eta_t >= 0; decay: log alpha_t <= 0, None for no forgetting
-    gates       maps of the gates that the bias and the learning declare; those left out start at their own initial value
-    weight_std  spread of the initial fast weights in units of 1 / sqrt(head_dim) (of initial logits: as it is)
-    norm_gain   initial Euclidean norm of the memory's normalised output; its gain and bias are then learned slow
-                parameters, the gain starting at norm_gain / sqrt(head_dim). None leaves them out (gain 1)
-    aligned     q_proj starts as a copy of k_proj (the first n-th of it with n micro-steps), so that a memory can be read
-                where it was written from the first training step on
-    output_gate, output_norm  of the layer's read-out
+    features     map on q, k and v after projection, convolution of width `conv_size` (0: none; `conv_bias` with a bias) and
+                 `activation`
+    rate         eta_t >= 0; decay: log alpha_t <= 0, None for no forgetting
+    gates        maps of the gates that the bias, the learning and the features declare; those left out start at their own
+                 initial value
+    key_ratio, value_ratio  widths of a head's keys and values, in units of head_dim
+    key_heads    heads of q and k, each shared by as many heads of v (None: as many as there are heads)
+    token_shift  every projection sees x_t + m (x_{t-1} - x_t), with a learned m of its own
+    weight_std   spread of the initial fast weights in units of 1 / sqrt(key width) (of initial logits: as it is)
+    norm_gain    initial Euclidean norm of the memory's normalised output; its gain and bias are then learned slow
+                 parameters, the gain starting at norm_gain / sqrt(value width). None leaves them out (gain 1)
+    aligned      q_proj starts as a copy of k_proj (the first n-th of it with n micro-steps), so that a memory can be read
+                 where it was written from the first training step on
+    output       the layer's read-out
     """
 
     family: ClassVar[str] = "inputs"
@@ -213,20 +340,35 @@ class Inputs(Choice):
     decay: GateMap | None = LogDecay()
     gates: Mapping[str, GateMap] = field(default_factory=dict[str, GateMap])
     conv_size: int = 4
+    conv_bias: bool = False
     activation: str | None = "silu"
+    key_ratio: float = 1.0
+    value_ratio: float = 1.0
+    key_heads: int | None = None
+    token_shift: bool = False
     weight_std: float = 1.7
     norm_gain: float | None = 1.4
     aligned: bool = False
-    output_norm: bool = True
-    output_gate: bool = True
+    output: Output = Output()
 
     def __post_init__(self) -> None:
         require(self.conv_size >= 0, f"conv_size={self.conv_size}; must be 0 (no convolution) or a width")
+        require(self.conv_size > 0 or not self.conv_bias, "conv_bias=True needs a convolution; conv_size is 0")
         require_one_of("activation", self.activation, ("silu", None))
         require(self.weight_std >= 0, f"weight_std={self.weight_std}; must not be negative")
+        ratios = (self.key_ratio, self.value_ratio)
+        require(min(ratios) > 0, f"key_ratio={ratios[0]}, value_ratio={ratios[1]}; must be positive")
+        require(self.key_heads is None or self.key_heads >= 1, f"key_heads={self.key_heads}; must be at least 1, or None")
 
 
-def _unit(x: Tensor) -> Tensor:
+def initial_time_steps(shape: tuple[int, ...]) -> Tensor:
+    """Biases whose softplus is log-uniform in [0.001, 0.1]. Source: Mamba (arXiv 2312.00752) Sec. 3.6."""
+    dt = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().clamp_min(1e-4)
+    return dt + torch.log(-torch.expm1(-dt))
+
+
+def unit(x: Tensor) -> Tensor:
+    """x / ||x|| over the last axis, with UNIT_EPS."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + UNIT_EPS)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,8 +13,16 @@ from miras.choice import Gate, require
 from miras.design import Design
 from miras.engine import explain, memorize
 from miras.engine.problem import AttentionState, MemoryState, build_problem
-from miras.inputs import GateMap, Sigmoid, Softplus
-from miras.modules import FastWeights, GateProjection, ShortConvolution
+from miras.inputs import GATE_ACTIVATIONS, GateMap, Sigmoid, Softplus, Stream
+from miras.modules import (
+    FastWeights,
+    FeatureNumbers,
+    GateProjection,
+    OutputNorm,
+    ShortConvolution,
+    TokenShift,
+    projection,
+)
 from miras.packing import Packing
 
 
@@ -22,7 +30,8 @@ from miras.packing import Packing
 class LayerState:
     """What a layer needs to go on after a sequence's last token; every tensor's first axis is the sequence.
 
-    conv    last inputs of the short convolutions of q, k, v, [B, conv_size - 1, channels] each; empty without them
+    conv    last inputs of the short convolutions of q, k, v, [B, conv_size - 1, channels] each, then the last hidden state
+            [B, 1, hidden_size] with a token shift; empty without them
     memory  the memory's state, or past keys and values for softmax attention
     seen    [B] int64 on the CPU: tokens so far
     """
@@ -74,19 +83,6 @@ class LayerCache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Stream:
-    """A memory's inputs as the layer made them: what `miras.memorize` takes, and the next convolution tails."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lr: Tensor | None
-    log_decay: Tensor | None
-    gates: dict[str, Tensor]
-    tails: tuple[Tensor, ...]
-
-
 class MemoryLayer(nn.Module):
     """A sequence mixer [B, T, hidden_size] -> [B, T, hidden_size] that learns (k_t, v_t) and reads q_t at every token.
 
@@ -94,13 +90,15 @@ class MemoryLayer(nn.Module):
         eta, log alpha, further gates = gate maps of x
         o = (norm(memorize(q, k, v, ...)) * silu(x Wg)) Wo
 
-    Sizes: `num_heads` heads of `head_dim` (default hidden_size / num_heads) channels for keys and values alike; with
-    `learning.micro_steps` n there are n keys, values, rates and gates a token.
+    Sizes: `num_heads` heads of `head_dim` (default hidden_size / num_heads) channels, times `inputs.key_ratio` for keys and
+    `inputs.value_ratio` for values; with `learning.micro_steps` n there are n keys, values, rates and gates a token.
 
-    Parameters: q_proj, k_proj, v_proj, q_conv1d, k_conv1d, v_conv1d (where `inputs.conv_size` > 0), b_proj (rate),
-    a_proj (decay), gate_projs (further gates), memory (A_0 and the memory's slow parameters), o_norm, g_proj, o_proj.
+    Parameters: q_proj, k_proj, v_proj, q_conv1d, k_conv1d, v_conv1d (where `inputs.conv_size` > 0), token_shift (where the
+    inputs have it), features (where they learn anything), b_proj (rate), a_proj (decay), gate_projs (further gates), memory
+    (A_0 and the memory's slow parameters), o_norm, g_proj, o_proj.
     A gate that `inputs.gates` leaves out is `Sigmoid` of its own initial and maximum, or `Softplus` where it has no
     maximum. A non-parametric design has neither memory nor gates: it is softmax attention, with the same projections.
+    `first` says that no earlier layer of the model has features that hand something on to this one's.
 
     Gates, decays and the memory are computed in float32 at least, whatever the hidden states' dtype.
 
@@ -120,6 +118,7 @@ class MemoryLayer(nn.Module):
         head_dim: int | None = None,
         norm_eps: float = 1e-5,
         layer_idx: int | None = None,
+        first: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(design, Design):
@@ -136,54 +135,86 @@ class MemoryLayer(nn.Module):
         self.hidden_size, self.num_heads, self.design, self.layer_idx = hidden_size, num_heads, design, layer_idx
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_heads
         require(self.head_dim >= 1, f"head_dim={head_dim}; must be at least 1")
+        self.key_dim = _width("key_ratio", design.inputs.key_ratio, self.head_dim)
+        self.value_dim = _width("value_ratio", design.inputs.value_ratio, self.head_dim)
+        self.key_heads = design.inputs.key_heads or num_heads
+        require(
+            num_heads % self.key_heads == 0,
+            f"key_heads={self.key_heads} must divide num_heads={num_heads}",
+        )
         self._add_projections(norm_eps)
+        self._add_features(first)
         if design.parametric:
-            self._add_memory()
+            self._add_memory(first)
         if design.inputs.aligned:
             self.align()
 
-    def _add_projections(self, norm_eps: float) -> None:
-        inputs, steps, width = self.design.inputs, self.design.learning.micro_steps, self.num_heads * self.head_dim
-        self.q_proj = nn.Linear(self.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(self.hidden_size, steps * width, bias=False)
-        self.v_proj = nn.Linear(self.hidden_size, steps * width, bias=False)
-        if inputs.conv_size > 0:
-            self.q_conv1d = ShortConvolution(width, inputs.conv_size)
-            self.k_conv1d = ShortConvolution(steps * width, inputs.conv_size)
-            self.v_conv1d = ShortConvolution(steps * width, inputs.conv_size)
-        if inputs.output_norm:
-            self.o_norm = nn.RMSNorm(self.head_dim, eps=norm_eps)
-        if inputs.output_gate:
-            self.g_proj = nn.Linear(self.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(width, self.hidden_size, bias=False)
+    @property
+    def _steps(self) -> int:
+        """Keys, values and rates that are projected for each token."""
+        return 1 if self.design.inputs.features.makes_steps else self.design.learning.micro_steps
 
-    def _add_memory(self) -> None:
+    def _add_projections(self, norm_eps: float) -> None:
+        inputs, output = self.design.inputs, self.design.inputs.output
+        keys, values = self.key_heads * self.key_dim, self.num_heads * self.value_dim
+        self.q_proj = nn.Linear(self.hidden_size, keys, bias=False)
+        self.k_proj = nn.Linear(self.hidden_size, self._steps * keys, bias=False)
+        self.v_proj = nn.Linear(self.hidden_size, self._steps * values, bias=False)
+        if inputs.conv_size > 0:
+            self.q_conv1d = ShortConvolution(keys, inputs.conv_size, inputs.conv_bias)
+            self.k_conv1d = ShortConvolution(self._steps * keys, inputs.conv_size, inputs.conv_bias)
+            self.v_conv1d = ShortConvolution(self._steps * values, inputs.conv_size, inputs.conv_bias)
+        if inputs.token_shift:
+            self.token_shift = TokenShift(self.hidden_size, SHIFTED)
+        if output.norm is not None:
+            self.o_norm = OutputNorm(output, self.num_heads, self.value_dim, norm_eps)
+        if output.gate is not None:
+            self.g_proj = projection(self.hidden_size, values, output.rank, output.between, output.gate_bias)
+        self.o_proj = nn.Linear(values, self.hidden_size, bias=False)
+
+    def _add_features(self, first: bool) -> None:
+        features = self.design.inputs.features
+        numbers = FeatureNumbers(features, self.num_heads, self.key_dim, self.value_dim)
+        self.features = numbers if numbers.values() else None
+        self._own_gates = {gate.name: gate for gate in features.gates(first)}
+
+    def _add_memory(self, first: bool) -> None:
         design, inputs = self.design, self.design.inputs
         assert design.memory is not None
         assert design.retention is not None
+        key_dim, value_dim = self._memory_widths
         self.memory = FastWeights(
             design.memory,
             design.retention,
             self.num_heads,
-            self.head_dim,
-            self.head_dim,
-            inputs.weight_std * (1.0 if design.retention.logits else self.head_dim**-0.5),
-            None if inputs.norm_gain is None else inputs.norm_gain * self.head_dim**-0.5,
+            key_dim,
+            value_dim,
+            inputs.weight_std * (1.0 if design.retention.logits else key_dim**-0.5),
+            None if inputs.norm_gain is None else inputs.norm_gain * value_dim**-0.5,
         )
-        declared = {gate.name: gate for gate in design.gates}
-        unknown = sorted(set(inputs.gates) - set(declared))
+        made = inputs.features.supplies
+        declared = {gate.name: gate for gate in design.gates if gate.name not in made}
+        possible = {*declared, *(gate.name for gate in inputs.features.gates(False))}
+        unknown = sorted(set(inputs.gates) - possible)
         require(
             not unknown,
-            f"inputs.gates has {', '.join(unknown)}; this design reads {', '.join(declared) or 'no further gates'}",
+            f"inputs.gates has {', '.join(unknown)}; this design reads {', '.join(sorted(possible)) or 'no further gates'}",
         )
-        steps = design.learning.micro_steps
-        self.b_proj = self._gate("rate", inputs.rate, steps)
+        self.b_proj = self._gate("rate", inputs.rate, self._steps)
         if inputs.decay is not None:
             self.a_proj = self._gate("decay", inputs.decay, 1)
-        gates = {name: inputs.gates.get(name) or default_map(gate) for name, gate in declared.items()}
-        for name, gate in gates.items():
-            require(not gate.per_channel, f"gate {name!r} is one number a head; give its map per_channel=False")
-        self.gate_projs = nn.ModuleDict({name: self._gate(name, gate, steps) for name, gate in gates.items()})
+        self.gate_projs = nn.ModuleDict()
+        for name, gate in declared.items():
+            chosen = inputs.gates.get(name) or default_map(gate)
+            require(not chosen.per_channel, f"gate {name!r} is one number a head; give its map per_channel=False")
+            self.gate_projs[name] = self._gate(name, chosen, self._steps)
+        for name, gate in self._own_gates.items():
+            chosen = inputs.gates.get(name) or default_map(gate)
+            self.gate_projs[name] = GateProjection(chosen, self.hidden_size, self.num_heads, self.value_dim)
+
+    @property
+    def _memory_widths(self) -> tuple[int, int]:
+        return self.design.inputs.features.widths(self.key_dim, self.value_dim)
 
     @torch.no_grad()
     def align(self) -> None:
@@ -194,15 +225,15 @@ class MemoryLayer(nn.Module):
         assert self.design.memory is not None
         if not gate.per_channel:
             return GateProjection(gate, self.hidden_size, self.num_heads, None, steps)
-        shapes = self.design.memory.weights(self.head_dim, self.head_dim)
-        for weight, shape in shapes.items():
+        channels, value_dim = self._memory_widths
+        for weight, shape in self.design.memory.weights(channels, value_dim).items():
             axis = shape.channel_axis
             require(
-                axis is not None and (shape.d_in, shape.d_out)[axis] == self.head_dim,
-                f"the {name} is per channel, but weight {weight!r} of {self.design.memory} has no axis of head_dim="
-                f"{self.head_dim} channels; give it per_channel=False",
+                axis is not None and (shape.d_in, shape.d_out)[axis] == channels,
+                f"the {name} is per channel, but weight {weight!r} of {self.design.memory} has no axis of "
+                f"{channels} channels, the key width; give it per_channel=False",
             )
-        return GateProjection(gate, self.hidden_size, self.num_heads, self.head_dim, steps)
+        return GateProjection(gate, self.hidden_size, self.num_heads, channels, steps)
 
     def forward(
         self,
@@ -212,6 +243,7 @@ class MemoryLayer(nn.Module):
         use_cache: bool = False,
         cu_seqlens: Tensor | None = None,
         packing: Packing | None = None,
+        shared: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, LayerCache | None]:
         """hidden_states [B, T, hidden_size] -> (o [B, T, hidden_size], None, past_key_values).
@@ -221,6 +253,7 @@ class MemoryLayer(nn.Module):
         past_key_values  a cache; read where given, written where `use_cache` is set too
         cu_seqlens       [0, end of first, ..., T] for B = 1: separate sequences laid end to end
         packing          the same, ready made, for hidden states that are packed already (the model packs once)
+        shared           what the features of the model's layers hand on to later ones, at the same tokens
         """
         if use_cache and past_key_values is None:
             raise ValueError("use_cache=True needs a cache: pass past_key_values=miras.MirasCache()")
@@ -233,13 +266,18 @@ class MemoryLayer(nn.Module):
             packing = pack_rows(hidden_states, attention_mask, cu_seqlens)
             padded = packing if packing is not None and packing.tokens is not None else None
             x = hidden_states if padded is None else padded.pack(hidden_states)
-        o, state = self.mix(x, past, packing, keep=use_cache)
+        o, state = self.mix(x, past, packing, keep=use_cache, shared=shared)
         if state is not None and past_key_values is not None and place is not None:
             past_key_values.write(place, state, packing.shape[1] if packing else x.shape[1])
         return o if padded is None else padded.pad(o), None, past_key_values
 
     def mix(
-        self, x: Tensor, past: LayerState | None = None, packing: Packing | None = None, keep: bool = False
+        self,
+        x: Tensor,
+        past: LayerState | None = None,
+        packing: Packing | None = None,
+        keep: bool = False,
+        shared: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, LayerState | None]:
         """Outputs for x [B, T, hidden_size] (or packed, [1, N, hidden_size]) after `past`, and the state if `keep`."""
         num_rows = packing.shape[0] if packing is not None else x.shape[0]
@@ -247,7 +285,8 @@ class MemoryLayer(nn.Module):
         if past is not None:
             require(past.rows == num_rows, f"the cache holds {past.rows} sequences, the batch has {num_rows}")
         here = past if past is None or rows is None else past.index_select(rows)
-        stream = self._stream(x, here, packing, keep)
+        uses, tails = self._uses(x, here, packing, keep)
+        stream = self._stream(uses, _positions(x, here, packing), shared)
         out, memory = memorize(
             stream.q,
             stream.k,
@@ -262,49 +301,88 @@ class MemoryLayer(nn.Module):
             cu_seqlens=packing.bounds if packing is not None else None,
             check=False,
         )
-        o = self._read_out(out, x)
+        o = self._read_out(out, stream, uses["gate"])
         if not keep:
             return o, None
         assert memory is not None
         added = packing.bounds.diff() if packing is not None else torch.full((num_rows,), x.shape[1])
-        state = LayerState(stream.tails, memory, added if here is None else here.seen + added)
+        state = LayerState(tails, memory, added if here is None else here.seen + added)
         if rows is not None:
             state = (past if past is not None else self._blank(state, num_rows)).put(rows, state)
         return o, state
 
-    def _stream(self, x: Tensor, past: LayerState | None, packing: Packing | None, keep: bool) -> Stream:
-        """What the memory is fed at each token: q [B, T, H, K], k and v [B, T * n, H, K], rates, decays and gates."""
-        n, inputs = self.design.learning.micro_steps, self.design.inputs
-        tails = past.conv if past is not None and past.conv else (None, None, None)
-        mixed, kept = [], []
-        for name, tail in zip("qkv", tails, strict=True):
-            y = getattr(self, f"{name}_proj")(x)
+    def _uses(
+        self, x: Tensor, past: LayerState | None, packing: Packing | None, keep: bool
+    ) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+        """q, k and v (projected, convolved and activated), what the gates are projected from, and the next tails."""
+        inputs = self.design.inputs
+        tails: list[Tensor | None] = list(past.conv) if past is not None else []
+        kept: list[Tensor | None] = []
+        uses: dict[str, Tensor] = dict.fromkeys(SHIFTED, x)
+        shifted = None
+        if inputs.token_shift:
+            uses, shifted = self.token_shift(x, tails.pop() if tails else None, packing, keep)
+        mixed: dict[str, Tensor] = {}
+        for name in "qkv":
+            y = self.get_submodule(f"{name}_proj")(uses[name])
             if inputs.conv_size > 0:
-                y, tail = getattr(self, f"{name}_conv1d")(y, tail, packing, keep)
+                y, tail = self.get_submodule(f"{name}_conv1d")(y, tails.pop(0) if tails else None, packing, keep)
                 kept.append(tail)
-            y = F.silu(y) if inputs.activation == "silu" else y
-            mixed.append(y.unflatten(-1, (-1, self.head_dim)))
-        q, k, v = mixed
-        q, k, v = inputs.features(q, k, v, _positions(x, past, packing))
-        if n > 1:
-            k, v = (y.unflatten(2, (n, -1)).flatten(1, 2) for y in (k, v))
+            mixed[name] = F.silu(y) if inputs.activation == "silu" else y
+        kept.append(shifted)
+        uses = {**mixed, "rate": uses["rate"], "decay": uses["decay"], "gate": uses["gate"], "values": uses["v"]}
+        return uses, tuple(x for x in kept if x is not None)
+
+    def _stream(self, uses: dict[str, Tensor], positions: Tensor, shared: dict[str, Tensor] | None) -> Stream:
+        """What the memory is fed at each token: q [B, T, H, K], k and v [B, T * n, H, K], rates, decays and gates."""
+        inputs, n, group = self.design.inputs, self._steps, self.num_heads // self.key_heads
+
+        def heads(y: Tensor, width: int, steps: int, group: int) -> Tensor:
+            y = y.unflatten(-1, (steps, -1, width)).flatten(1, 2)
+            return y.repeat_interleave(group, 2) if group > 1 else y
+
         lr = log_decay = None
         gates: dict[str, Tensor] = {}
         if self.design.parametric:
-            lr = self.b_proj(x)
-            log_decay = self.a_proj(x) if inputs.decay is not None else None
-            gates = {name: gate(x) for name, gate in self.gate_projs.items()}
-        return Stream(q, k, v, lr, log_decay, gates, tuple(kept) if keep else ())
+            lr = self.b_proj(uses["rate"], positions)
+            log_decay = self.a_proj(uses["decay"], positions) if inputs.decay is not None else None
+            gates = {
+                name: gate(uses["values" if name in self._own_gates else "rate"], positions)
+                for name, gate in self.gate_projs.items()
+            }
+        projected = Stream(
+            heads(uses["q"], self.key_dim, 1, group),
+            heads(uses["k"], self.key_dim, n, group),
+            heads(uses["v"], self.value_dim, n, 1),
+            lr,
+            log_decay,
+            gates,
+            positions,
+            {} if shared is None else shared,
+        )
+        made = inputs.features(projected, self._numbers())
+        return replace(made, q=made.q * made.q.shape[-1] ** -0.5) if inputs.features.scaled else made
 
-    def _read_out(self, out: Tensor, x: Tensor) -> Tensor:
+    def _numbers(self) -> dict[str, Tensor]:
+        return {} if self.features is None else self.features.values()
+
+    def _read_out(self, out: Tensor, stream: Stream, x: Tensor) -> Tensor:
         """[B, T, H, V] -> [B, T, hidden_size]."""
-        out = out.to(x.dtype)
-        if self.design.inputs.output_norm:
-            out = self.o_norm(out)
-        out = out.flatten(2)
-        if self.design.inputs.output_gate:
-            out = out * F.silu(self.g_proj(x))
-        return self.o_proj(out)
+        output = self.design.inputs.output
+        gate = None
+        if output.gate is not None:
+            gate = GATE_ACTIVATIONS[output.gate](self.g_proj(x)).unflatten(-1, (self.num_heads, -1))
+
+        def norm(y: Tensor) -> Tensor:
+            y = y.to(x.dtype)
+            if gate is not None and output.gate_first:
+                y = y * gate
+            return y if output.norm is None else self.o_norm(y)
+
+        o = self.design.inputs.features.read(out.to(x.dtype), stream, self._numbers(), norm)
+        if gate is not None and not output.gate_first:
+            o = o * gate
+        return self.o_proj(o.flatten(2))
 
     def _weights(self) -> dict[str, Tensor]:
         return self.memory.weights() if self.design.parametric else {}
@@ -318,19 +396,20 @@ class MemoryLayer(nn.Module):
             none = [x.new_zeros(num_rows, *x.shape[1:]) for x in (like.memory.keys, like.memory.values)]
             memory = AttentionState(*none, length=seen)
         else:
-            o = next(iter(self._weights().values())).new_zeros(num_rows, 1, self.num_heads, self.head_dim)
-            o = o.to(next(iter(like.memory.tensors())).dtype)
+            key_dim, value_dim = self._memory_widths
+            like_k = next(iter(like.memory.tensors())).new_zeros(num_rows, 1, self.num_heads, key_dim)
+            k, v = like_k, like_k.new_zeros(num_rows, 1, self.num_heads, value_dim)
             empty = build_problem(
-                o, o, o, design=self.design, weights=self._weights(), lr=o[..., 0], log_decay=None, gates={}
+                k, k, v, design=self.design, weights=self._weights(), lr=k[..., 0], log_decay=None, gates={}
             )
             memory = empty.initial_state()
         return LayerState(conv, memory, seen)
 
     def explain(self) -> Any:
         """Which of the engine's paths this layer runs on, and why the others refuse."""
-        maps = (self.design.inputs.rate, self.design.inputs.decay)
-        per_channel = self.design.parametric and any(gate is not None and gate.per_channel for gate in maps)
-        weight = self.o_proj.weight
+        inputs, weight = self.design.inputs, self.o_proj.weight
+        maps = any(gate is not None and gate.per_channel for gate in (inputs.rate, inputs.decay))
+        per_channel = self.design.parametric and (maps or inputs.features.per_channel)
         return explain(self.design, device=weight.device, dtype=weight.dtype, per_channel=per_channel)
 
     @torch.no_grad()
@@ -347,11 +426,25 @@ class MemoryLayer(nn.Module):
         from miras.inspection import inspect_stream
 
         require(self.design.parametric, f"{self.design.learning.kind} keeps no fast weights: nothing to inspect")
-        stream = self._stream(hidden_states, None, None, keep=False)
+        uses, _ = self._uses(hidden_states, None, None, keep=False)
+        stream = self._stream(uses, _positions(hidden_states, None, None), None)
         return inspect_stream(self.design, self._weights(), stream)
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, num_heads={self.num_heads}, head_dim={self.head_dim}"
+
+
+SHIFTED = ("q", "k", "v", "decay", "rate", "gate")
+"""Uses of the hidden state that a token shift tells apart: the projections, the gates, and the output's gate."""
+
+
+def _width(name: str, ratio: float, head_dim: int) -> int:
+    width = round(ratio * head_dim)
+    require(
+        width >= 1 and abs(width - ratio * head_dim) < 1e-6,
+        f"{name}={ratio} times head_dim={head_dim} is {ratio * head_dim:g}; it must be a whole number of channels",
+    )
+    return width
 
 
 def default_map(gate: Gate) -> GateMap:

@@ -5,7 +5,8 @@ Each knows its own initial values, `initial_values() -> {parameter name: tensor}
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,28 +14,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from miras.choice import require
-from miras.inputs import GateMap
+from miras.inputs import GATE_ACTIVATIONS, Features, GateMap, Output
 from miras.memory import Memory
 from miras.packing import Packing
 from miras.retention import Retention
 
 
 class ShortConvolution(nn.Module):
-    """Depthwise causal convolution over time: y_t = sum_{s < width} w_s * x_{t-s}, zero before the sequence.
+    """Depthwise causal convolution over time: y_t = sum_{s < width} w_s * x_{t-s} (+ bias), zero before the sequence.
 
     A sum of shifted products, so that packed sequences, and those that go on from a cached tail, give the same numbers.
     `weight` has nn.Conv1d's shape [channels, 1, width], the last one being the weight of x_t.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.channels, self.width = channels, width
         self.weight = nn.Parameter(torch.empty(channels, 1, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         reset(self)
 
     def initial_values(self) -> dict[str, Tensor]:
         bound = self.width**-0.5
-        return {"weight": torch.empty(self.channels, 1, self.width).uniform_(-bound, bound)}
+        values = {"weight": torch.empty(self.channels, 1, self.width).uniform_(-bound, bound)}
+        return values if self.bias is None else {**values, "bias": torch.zeros(self.channels)}
 
     def forward(
         self, x: Tensor, tail: Tensor | None = None, packing: Packing | None = None, keep: bool = False
@@ -43,30 +46,64 @@ class ShortConvolution(nn.Module):
 
         `tail` [rows, width - 1, channels] holds the inputs before x, a row a sequence; the next is made if `keep`.
         """
-        gap = self.width - 1
         weight = self.weight.squeeze(1).to(x.dtype)
-        if packing is not None:
-            tokens, front, back = packing.spread(gap, x.device)
-            row = x.new_zeros(len(tokens) + len(front), self.channels).index_copy(0, tokens, x.squeeze(0))
-            if tail is not None:
-                row = row.index_copy(0, front, tail.to(x.dtype).flatten(0, 1))
-            y = _CausalProducts.apply(row.unsqueeze(0), weight).squeeze(0).index_select(0, tokens).unsqueeze(0)
-            return y, row.index_select(0, back).unflatten(0, (packing.num_sequences, gap)) if keep else None
-        if tail is not None:
-            x = torch.cat((tail.to(x.dtype), x), dim=1)
-        y = _CausalProducts.apply(x, weight)
-        y = y[:, gap:] if tail is not None else y
-        return y, _last(x, gap) if keep else None
+        y, tail = over_past(lambda row: _CausalProducts.apply(row, weight), x, self.width - 1, tail, packing, keep)
+        return y if self.bias is None else y + self.bias.to(y.dtype), tail
 
     def extra_repr(self) -> str:
         return f"{self.channels}, width={self.width}"
 
 
+class TokenShift(nn.Module):
+    """x_t + m * (x_{t-1} - x_t) for each of several uses of x, with a learned m [channels] each; x_0 = 0.
+
+    Source: RWKV (arXiv 2305.13048) Sec. 3.1; the initial m rise over the channels, as in RWKV-7.
+    """
+
+    def __init__(self, channels: int, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.channels, self.names = channels, names
+        for name in names:
+            self.register_parameter(name, nn.Parameter(torch.empty(channels)))
+        reset(self)
+        mark_no_weight_decay(self)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {name: 1 - (torch.arange(self.channels) / self.channels).sqrt() for name in self.names}
+
+    def forward(
+        self, x: Tensor, tail: Tensor | None = None, packing: Packing | None = None, keep: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """x [B, T, channels] -> ({name: [B, T, channels]}, next tail [rows, 1, channels]); see `ShortConvolution`."""
+        before, tail = over_past(lambda row: F.pad(row, (0, 0, 1, 0))[:, :-1], x, 1, tail, packing, keep)
+        return {name: torch.addcmul(x, self.get_parameter(name).to(x.dtype), before - x) for name in self.names}, tail
+
+
+def over_past(
+    function: Callable[[Tensor], Tensor], x: Tensor, gap: int, tail: Tensor | None, packing: Packing | None, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """A causal function [B, S, C] -> [B, S, C] that looks back `gap` tokens, after `tail` [rows, gap, C] or zeros.
+
+    Returns its values at x [B, T, C] (packed: [1, N, C]), and each row's last `gap` inputs if `keep`.
+    """
+    if packing is not None:
+        tokens, front, back = packing.spread(gap, x.device)
+        row = x.new_zeros(len(tokens) + len(front), x.shape[-1]).index_copy(0, tokens, x.squeeze(0))
+        if tail is not None:
+            row = row.index_copy(0, front, tail.to(x.dtype).flatten(0, 1))
+        y = function(row.unsqueeze(0)).squeeze(0).index_select(0, tokens).unsqueeze(0)
+        return y, row.index_select(0, back).unflatten(0, (packing.num_sequences, gap)) if keep else None
+    if tail is not None:
+        x = torch.cat((tail.to(x.dtype), x), dim=1)
+    y = function(x)
+    return y[:, gap:] if tail is not None else y, _last(x, gap) if keep else None
+
+
 class GateProjection(nn.Module):
     """A rate, a decay or another gate: a `GateMap` of a linear projection of the hidden state, in float32 or float64.
 
-    [B, T, hidden_size] -> [B, T * steps, H], or [B, T * steps, H, channels]. The projection has full rank unless the
-    map gives one, and is left out where the map does not depend on the hidden state.
+    Hidden states [B, T, hidden_size] and positions [B or 1, T] -> [B, T * steps, H], or [B, T * steps, H, channels]. The
+    projection has full rank unless the map gives one; a map that does not depend on the hidden state gets the positions.
     """
 
     def __init__(self, gate: GateMap, hidden_size: int, num_heads: int, channels: int | None = None, steps: int = 1) -> None:
@@ -75,11 +112,8 @@ class GateProjection(nn.Module):
         self.shape = (num_heads,) if channels is None else (num_heads, channels)
         width = steps * num_heads * (channels or 1)
         self.proj: nn.Module | None = None
-        if gate.projected and gate.rank is not None:
-            down, up = nn.Linear(hidden_size, gate.rank, bias=False), nn.Linear(gate.rank, width, bias=False)
-            self.proj = nn.Sequential(down, up)
-        elif gate.projected:
-            self.proj = nn.Linear(hidden_size, width, bias=False)
+        if gate.projected:
+            self.proj = projection(hidden_size, width, gate.rank, gate.between)
         for name, value in self.initial_values().items():
             self.register_parameter(name, nn.Parameter(torch.empty(value.shape)))
         reset(self)
@@ -88,22 +122,92 @@ class GateProjection(nn.Module):
     def initial_values(self) -> dict[str, Tensor]:
         return self.gate.parameters(self.shape)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, positions: Tensor) -> Tensor:
         batch, num_tokens = hidden_states.shape[:2]
         shape = (batch, num_tokens * self.steps, *self.shape)
-        x = None if self.proj is None else at_least_float32(self.proj(hidden_states)).view(shape)
         values = {name: at_least_float32(p) for name, p in self.named_parameters(recurse=False)}
-        gate = self.gate(x, values)
-        if x is None:
-            dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-            gate = gate.to(hidden_states.device, dtype).expand(shape)
-        return gate
+        if self.proj is not None:
+            return self.gate(at_least_float32(self.proj(hidden_states)).view(shape), values)
+        place = positions.repeat_interleave(self.steps, 1).view(-1, shape[1], *[1] * len(self.shape))
+        return self.gate(place.to(hidden_states.device, _wide(hidden_states.dtype)).expand(shape), values)
+
+
+def projection(hidden_size: int, width: int, rank: int | None, between: str | None, bias: bool = False) -> nn.Module:
+    """A linear projection, of low rank if `rank` is given, with the activation `between` in its middle."""
+    if rank is None:
+        return nn.Linear(hidden_size, width, bias=bias)
+    return LowRank(hidden_size, rank, width, between, bias)
+
+
+class LowRank(nn.Sequential):
+    """Two linear projections, and an activation by its name in `GATE_ACTIVATIONS` between them."""
+
+    def __init__(self, d_in: int, rank: int, d_out: int, between: str | None, bias: bool) -> None:
+        super().__init__(nn.Linear(d_in, rank, bias=False), nn.Linear(rank, d_out, bias=bias))
+        self.between = between
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out]."""
+        x = self[0](input)
+        return self[1](x if self.between is None else GATE_ACTIVATIONS[self.between](x))
+
+
+class FeatureNumbers(nn.Module):
+    """The learned numbers of a feature map."""
+
+    def __init__(self, features: Features, num_heads: int, key_dim: int, value_dim: int) -> None:
+        super().__init__()
+        self.features, self.sizes = features, (num_heads, key_dim, value_dim)
+        for name, value in self.initial_values().items():
+            self.register_parameter(name, nn.Parameter(torch.empty(value.shape)))
+        reset(self)
+        mark_no_weight_decay(self)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return self.features.parameters(*self.sizes)
+
+    def values(self) -> dict[str, Tensor]:
+        """{name: parameter}."""
+        return dict(self.named_parameters())
+
+
+class OutputNorm(nn.Module):
+    """The norm of a layer's read-outs [..., H, V]: over each head's channels, or over those of groups of heads.
+
+    `weight` (and `bias`, of a layer norm) has V numbers shared by the heads, or H * V.
+    """
+
+    def __init__(self, output: Output, num_heads: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.output, self.eps = output, eps if output.eps is None else output.eps
+        self.groups = output.groups or num_heads
+        require(num_heads % self.groups == 0, f"Output groups={output.groups} must divide num_heads={num_heads}")
+        self.shape = (width,) if output.shared and output.groups is None else (num_heads, width)
+        self.weight = nn.Parameter(torch.empty(math.prod(self.shape)))
+        self.bias = nn.Parameter(torch.empty(math.prod(self.shape))) if output.norm == "layer" else None
+        reset(self)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        values = {"weight": torch.ones(math.prod(self.shape))}
+        return values if self.bias is None else {**values, "bias": torch.zeros(math.prod(self.shape))}
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = at_least_float32(x).unflatten(-2, (self.groups, -1))
+        if self.output.norm == "layer":
+            wide = wide - wide.mean((-2, -1), keepdim=True)
+        wide = wide * torch.rsqrt(wide.square().mean((-2, -1), keepdim=True) + self.eps)
+        y = wide.flatten(-3, -2).to(x.dtype) * self.weight.view(self.shape)
+        return y if self.bias is None else y + self.bias.view(self.shape)
+
+    def extra_repr(self) -> str:
+        return f"{self.output.norm}, {self.shape}, eps={self.eps}"
 
 
 class FastWeights(nn.Module):
     """The learned initial dual state A_0 of a memory, [H, d_in, d_out] a weight, and its slow parameters [H, V].
 
-    W_0 is drawn from N(0, std^2) and A_0 is unlink(W_0); where A holds logits, A_0 itself is drawn. `norm_gain` is the
+    W_0 is drawn from N(0, std^2), but for offsets, which are 0, and A_0 is unlink(W_0); where A holds logits, A_0 itself is
+    drawn. `norm_gain` is the
     initial gain of the memory's own normalisation (None: no slow parameters). `weights()` gives them under the memory's
     own names; as parameters a dot in a name is an underscore.
     """
@@ -119,7 +223,7 @@ class FastWeights(nn.Module):
         norm_gain: float | None,
     ) -> None:
         super().__init__()
-        self.retention, self.std, self.norm_gain = retention, std, norm_gain
+        self.retention, self.std, self.norm_gain, self.offsets = retention, std, norm_gain, memory.offsets
         self.shapes = {
             name: (num_heads, shape.d_in, shape.d_out) for name, shape in memory.weights(key_dim, value_dim).items()
         }
@@ -133,7 +237,7 @@ class FastWeights(nn.Module):
     def initial_values(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, shape in self.shapes.items():
-            drawn = self.std * torch.randn(shape)
+            drawn = torch.zeros(shape) if name in self.offsets else self.std * torch.randn(shape)
             values[_escape(name)] = drawn if self.retention.logits else self.retention.unlink(drawn)
         for name, shape in self.slow.items():
             gain = self.norm_gain if name.endswith("weight") else None
@@ -203,7 +307,11 @@ def mark_no_weight_decay(module: nn.Module) -> None:
 
 def at_least_float32(x: Tensor) -> Tensor:
     """x in float32, or in float64 if it is."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(_wide(x.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _escape(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from miras import models
 from miras.bias import L2, Dot, Huber
 from miras.design import Design, Pattern
-from miras.inputs import Constant, Inputs, LogDecay, Positive, Rotary, Sigmoid, Softplus
+from miras.inputs import Constant, Inputs, LogDecay, Output, Positive, Rotary, Sigmoid, Softplus
 from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
 from miras.memory import MLP, GatedMLP, Matrix
 from miras.retention import L2 as Decay
@@ -21,7 +21,7 @@ ATTENTION = Design(
     bias=L2(),
     retention=None,
     learning=NonParametric(window=5),
-    inputs=Inputs(features=Rotary(), conv_size=0, activation=None, output_norm=False, output_gate=False),
+    inputs=Inputs(features=Rotary(), conv_size=0, activation=None, output=Output(norm=None, gate=None)),
 )
 
 HUBER = Design(
@@ -66,7 +66,7 @@ DESIGNS: dict[str, Design | Pattern] = {
             conv_size=0,
             decay=LogDecay(16.0, per_channel=True, rank=3),
             rate=Sigmoid(per_channel=True),
-            output_gate=False,
+            output=Output(gate=None),
         ),
     ),
     "window": ATTENTION,
