@@ -1,13 +1,18 @@
-"""The block of the language model: Llama's, with a memory layer in attention's place."""
+"""The block of the language model: Llama's, with a memory layer in attention's place, or RWKV's or Mamba's around it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from miras.engine.problem import State
 from miras.layer import LayerCache, MemoryLayer
 from miras.lm.config import MirasConfig
+from miras.modules import TokenShift
 from miras.packing import Packing
 
 
@@ -25,13 +30,65 @@ class GatedMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+@dataclass(frozen=True)
+class ShiftState(State):
+    """The last hidden state [B, 1, hidden_size] that a channel mix has seen."""
+
+    tail: Tensor
+
+    def to(self, device: torch.device | str) -> ShiftState:
+        """The state on another device."""
+        return self.map(lambda x: x.to(device))
+
+
+class ChannelMix(nn.Module):
+    """RWKV's MLP: relu(x' key)^2 value, x' = x_t + m (x_{t-1} - x_t). Source: RWKV-7 (arXiv 2503.14456) Sec. 4.2.
+
+    `place` is where its last token is kept in a cache.
+    """
+
+    def __init__(self, hidden_size: int, intermediate_size: int, place: int) -> None:
+        super().__init__()
+        self.place = place
+        self.token_shift = TokenShift(hidden_size, ("key",))
+        self.key = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.value = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        past_key_values: LayerCache | None = None,
+        use_cache: bool = False,
+        packing: Packing | None = None,
+    ) -> Tensor:
+        """[B, T, hidden_size], or [1, N, hidden_size] packed, to the same."""
+        past = past_key_values.read(self.place) if past_key_values is not None else None
+        rows = packing.rows if packing is not None else None
+        here = past if past is None or rows is None else past.index_select(rows)
+        uses, tail = self.token_shift(x, None if here is None else here.tail, packing, use_cache)
+        if past_key_values is not None and tail is not None:
+            num_rows, num_tokens = packing.shape if packing is not None else x.shape[:2]
+            if rows is not None:
+                old = tail.new_zeros(num_rows, *tail.shape[1:]) if past is None else past.tail
+                tail = old.index_copy(0, rows.to(tail.device), tail)
+            past_key_values.write(self.place, ShiftState(tail), num_tokens)
+        return self.value(F.relu(self.key(uses["key"])).square())
+
+
+def make_norm(config: MirasConfig) -> nn.Module:
+    """A norm of the backbone."""
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    return kind(config.hidden_size, eps=config.norm_eps)
+
+
 class MirasBlock(GradientCheckpointingLayer):
-    """x + memory(norm(x)), then x + MLP(norm(x))."""
+    """x + memory(norm(x)), then x + MLP(norm(x)) if the configuration has one."""
 
     def __init__(self, config: MirasConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        width = config.intermediate_size
+        assert width is not None
+        self.attn_norm = make_norm(config)
         self.attn = MemoryLayer(
             config.hidden_size,
             config.num_heads,
@@ -39,9 +96,15 @@ class MirasBlock(GradientCheckpointingLayer):
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             layer_idx=layer_idx,
+            first=not any(config.layer_design(i).inputs.features.shares for i in range(layer_idx)),
         )
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size)
+        if config.mlp is not None:
+            self.mlp_norm = make_norm(config)
+        if config.mlp == "swiglu":
+            self.mlp = GatedMLP(config.hidden_size, width)
+        elif config.mlp == "channel_mix":
+            self.mlp = ChannelMix(config.hidden_size, width, config.num_hidden_layers + layer_idx)
+        self.config = config
 
     def forward(
         self,
@@ -49,10 +112,19 @@ class MirasBlock(GradientCheckpointingLayer):
         past_key_values: LayerCache | None = None,
         use_cache: bool = False,
         packing: Packing | None = None,
+        shared: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """[B, T, hidden_size], or [1, N, hidden_size] packed, to the same."""
         mixed, _, _ = self.attn(
-            self.attn_norm(hidden_states), past_key_values=past_key_values, use_cache=use_cache, packing=packing
+            self.attn_norm(hidden_states),
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            packing=packing,
+            shared=shared,
         )
         hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        if self.config.mlp is None:
+            return hidden_states
+        if self.config.mlp == "swiglu":
+            return hidden_states + self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.mlp(self.mlp_norm(hidden_states), past_key_values, use_cache, packing)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from miras.choice import require
+from miras.choice import require, require_one_of
 from miras.design import Design, Pattern, design_from
 
 MLP_MULTIPLE = 32
@@ -24,6 +24,9 @@ class MirasConfig(PretrainedConfig):
     design                 a Design, a Pattern of designs over the layers, or what their `to_dict` gives (default: Yaad)
     num_heads, head_dim    heads of a layer, and their width (default hidden_size / num_heads)
     intermediate_size      width of the MLP (default 2/3 * hidden_ratio * hidden_size, rounded up to a multiple of 32)
+    norm                   "rms" or "layer" (with bias): the norms before each layer and MLP, and the last one
+    mlp                    "swiglu", "channel_mix" (RWKV's) or None: what follows each memory layer
+    embedding_norm         whether the embeddings are normalised too (RWKV)
     initializer_range      spread of the initial projections and embeddings (default 1 / sqrt(hidden_size); 0.02 keeps small
                            models from learning recall, docs/results); memories and gates have their design's own
     max_position_embeddings  for information only: nothing in the model depends on it
@@ -52,6 +55,9 @@ class MirasConfig(PretrainedConfig):
         hidden_ratio: float = 4,
         intermediate_size: int | None = None,
         norm_eps: float = 1e-5,
+        norm: str = "rms",
+        mlp: str | None = "swiglu",
+        embedding_norm: bool = False,
         initializer_range: float | None = None,
         tie_word_embeddings: bool = True,
         max_position_embeddings: int = 4096,
@@ -70,6 +76,9 @@ class MirasConfig(PretrainedConfig):
         self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
         self.num_heads, self.head_dim = num_heads, head_dim
         self.hidden_ratio, self.intermediate_size = hidden_ratio, intermediate_size
+        self.norm, self.mlp, self.embedding_norm = norm, mlp, embedding_norm
+        require_one_of("norm", norm, ("rms", "layer"))
+        require_one_of("mlp", mlp, ("swiglu", "channel_mix", None))
         self._check_sizes()
         if head_dim is None:
             self.head_dim = hidden_size // num_heads

@@ -19,11 +19,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils.generic import can_return_tuple
 
 from miras.layer import MemoryLayer, pack_rows
-from miras.lm.backbone import MirasBlock
+from miras.lm.backbone import MirasBlock, make_norm
 from miras.lm.cache import MirasCache
 from miras.lm.config import MirasConfig
-from miras.modules import FastWeights, GateProjection, ShortConvolution, initial_values, mark_no_weight_decay
+from miras.modules import (
+    FastWeights,
+    FeatureNumbers,
+    GateProjection,
+    OutputNorm,
+    ShortConvolution,
+    TokenShift,
+    initial_values,
+    mark_no_weight_decay,
+)
 from miras.packing import Packing
+
+OWN = (FastWeights, FeatureNumbers, GateProjection, OutputNorm, ShortConvolution, TokenShift)
+"""Modules that know their own initial values."""
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -43,7 +55,7 @@ class MirasPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FastWeights, GateProjection, ShortConvolution)):
+        if isinstance(module, OWN):
             for name, value in initial_values(module).items():
                 init.copy_(module.get_parameter(name), value)
 
@@ -61,7 +73,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
-            if isinstance(module, (FastWeights, GateProjection)):
+            if isinstance(module, (FastWeights, FeatureNumbers, GateProjection, TokenShift)):
                 mark_no_weight_decay(module)
         return loaded
 
@@ -73,7 +85,8 @@ class MirasModel(MirasPreTrainedModel):
         super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([MirasBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.norm = make_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -102,6 +115,7 @@ class MirasModel(MirasPreTrainedModel):
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True: a memory has no attention weights; see MemoryLayer.inspect")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = hidden if self.embedding_norm is None else self.embedding_norm(hidden)
         use_cache = self._wants_cache(use_cache)
         if past_key_values is None and use_cache:
             past_key_values = MirasCache(self.config)
@@ -130,8 +144,9 @@ class MirasModel(MirasPreTrainedModel):
         self, hidden: Tensor, cache: MirasCache | None, use_cache: bool, packing: Packing | None, keep: bool
     ) -> tuple[Tensor, list[Tensor]]:
         seen = [hidden] if keep else []
+        shared: dict[str, Tensor] = {}
         for layer in self.layers:
-            hidden = layer(hidden, past_key_values=cache, use_cache=use_cache, packing=packing)
+            hidden = layer(hidden, past_key_values=cache, use_cache=use_cache, packing=packing, shared=shared)
             if keep:
                 seen.append(hidden)
         hidden = self.norm(hidden)
