@@ -164,16 +164,15 @@ def test_in_context_mixes_with_the_first_layers_values() -> None:
 
 
 def test_polynomial() -> None:
-    """With all coefficients sqrt(2) off and 1 on the diagonal, products of keys are x.y + (x.y)^2."""
+    """Products of keys are x.y + c^2 ((x.y)^2 + sum x_i^2 y_i^2) / 2."""
     features = Polynomial()
     assert features.widths(K, 3) == (K + K * (K + 1) // 2, 3)
-    rows, columns = torch.triu_indices(K, K)
-    coefficient = torch.where(rows == columns, 1.0, math.sqrt(2)).double().expand(H, -1)
-    s = stream()
+    s, coefficient = stream(), torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     made = features(s, {"coefficient": coefficient})
     q, k = (x / x.norm(dim=-1, keepdim=True) for x in (s.q, s.k))
     dot = (q * k).sum(-1)
-    assert_close((made.q * made.k).sum(-1), dot + dot**2, tolerance=1e-5)
+    squares = (q**2 * k**2).sum(-1)
+    assert_close((made.q * made.k).sum(-1), dot + coefficient**2 * (dot**2 + squares) / 2, tolerance=1e-5)
     assert made.k.shape[-1] == features.widths(K, 3)[0]
 
 

@@ -220,23 +220,24 @@ class InContext(Features):
 
 @dataclass(frozen=True)
 class Polynomial(Features):
-    """Unit keys and queries with their products: [x, c o (x_i x_j for i <= j)], c learned, 1/2 at the start; unit values.
+    """Unit keys and queries with their products: [x, c x_i x_j for i <= j], c learned for each head; unit values.
 
-    The keys of a head of width d then have d + d (d + 1) / 2 numbers. Source: Atlas (arXiv 2505.23735) Sec. 3.1 (degree 2).
+    c starts at 1/2!. The keys of a head of width d then have d + d (d + 1) / 2 numbers.
+    Source: Atlas (arXiv 2505.23735) Sec. 3.1, degree 2.
     """
 
     def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
         return key_dim + key_dim * (key_dim + 1) // 2, value_dim
 
     def parameters(self, num_heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
-        return {"coefficient": torch.full((num_heads, key_dim * (key_dim + 1) // 2), 0.5)}
+        return {"coefficient": torch.full((num_heads,), 0.5)}
 
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         rows, columns = torch.triu_indices(s.q.shape[-1], s.q.shape[-1], device=s.q.device)
 
         def expand(x: Tensor) -> Tensor:
             x = unit(x)
-            return torch.cat((x, p["coefficient"].to(x.dtype) * x[..., rows] * x[..., columns]), dim=-1)
+            return torch.cat((x, p["coefficient"].to(x.dtype).unsqueeze(-1) * x[..., rows] * x[..., columns]), dim=-1)
 
         return replace(s, q=expand(s.q), k=expand(s.k), v=unit(s.v))
 

@@ -60,6 +60,10 @@ class LayerState:
         """The state on another device."""
         return LayerState(tuple(x.to(device) for x in self.conv), self.memory.to(device), self.seen)
 
+    def tensors(self) -> list[Tensor]:
+        """Every tensor of the state."""
+        return [*self.conv, *self.memory.tensors(), self.seen]
+
     @property
     def rows(self) -> int:
         """Number of sequences."""

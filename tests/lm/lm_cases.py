@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 
 import torch
@@ -32,6 +33,18 @@ HUBER = Design(
     refresh=4,
     inputs=Inputs(gates={"delta": Softplus(0.5)}, rate=Sigmoid(rank=3)),
 )
+
+
+def small(name: str) -> Design | Pattern:
+    """A named model with windows that end within a test's sequences."""
+    function = models.NAMED[name]
+    changes: dict[str, int] = {}
+    if any(part.refresh > 1 for part in function().designs if part.parametric):
+        changes["refresh"] = 4
+    if "window" in inspect.signature(function).parameters and name != "transformer":
+        changes["window"] = 5
+    return function(**changes)
+
 
 DESIGNS: dict[str, Design | Pattern] = {
     "huber": HUBER,
@@ -71,7 +84,14 @@ DESIGNS: dict[str, Design | Pattern] = {
     ),
     "window": ATTENTION,
     "hybrid": Pattern((HUBER, ATTENTION)),
+    **{name: small(name) for name in models.NAMED},
 }
+
+BLOCKS: dict[str, dict[str, object]] = {
+    "rwkv7": {"norm": "layer", "mlp": "channel_mix", "embedding_norm": True},
+    "mamba2": {"mlp": None},
+}
+"""The backbones of models that bring their own; keywords of MirasConfig."""
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:

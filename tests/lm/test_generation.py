@@ -22,7 +22,7 @@ def generate(model: MirasForCausalLM, ids: torch.Tensor, **kwargs: Any) -> torch
 
 @every_design
 def test_greedy(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]), tokens(2, 7)
+    model, x = build(name), tokens(2, 7)
     cached = generate(model, x)
     assert cached.shape == (2, 7 + NEW)
     assert torch.equal(cached, generate(model, x, use_cache=False))
@@ -33,7 +33,7 @@ def test_greedy(name: str, build: Build) -> None:
 
 @every_design
 def test_left_padded_batch(name: str, build: Build) -> None:
-    model = build(DESIGNS[name])
+    model = build(name)
     rows = [tokens(n, seed=n) for n in (2, 9, 5)]
     ids, mask = padded(rows, "left")
     together = generate(model, ids, attention_mask=mask)
@@ -44,7 +44,7 @@ def test_left_padded_batch(name: str, build: Build) -> None:
 
 @pytest.mark.parametrize("name", ["huber", "gated_delta", "hybrid"])
 def test_beam_search(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]), tokens(2, 7)
+    model, x = build(name), tokens(2, 7)
     cached = generate(model, x, num_beams=3)
     assert torch.equal(cached, generate(model, x, num_beams=3, use_cache=False))
     ids, mask = padded([tokens(n, seed=n) for n in (2, 7)], "left")

@@ -32,7 +32,7 @@ SIZES: dict[str, Any] = {"vocab_size": 23, "hidden_size": 16, "num_hidden_layers
 
 @every_design
 def test_save_and_load(name: str, build: Build, tmp_path: Path) -> None:
-    model, x = build(DESIGNS[name]), tokens(2, 9)
+    model, x = build(name), tokens(2, 9)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
     assert isinstance(again, MirasForCausalLM)
@@ -98,12 +98,13 @@ def test_initial_values(name: str) -> None:
         assert abs(float(attn.q_proj.weight.detach().std()) - 64**-0.5) < 0.1 * 64**-0.5
         if not design.parametric:
             continue
-        spread = design.inputs.weight_std * attn.head_dim**-0.5
+        key_dim, value_dim = design.inputs.features.widths(attn.key_dim, attn.value_dim)
         for weight in attn.memory.shapes:
+            spread = 0.0 if weight in design.memory.offsets else design.inputs.weight_std * key_dim**-0.5
             linked = design.link(attn.memory.weights()[weight])
             assert abs(float(linked.detach().std()) - spread) < 0.1 * spread + 1e-9
         for slow in attn.memory.slow:
-            value = design.inputs.norm_gain * attn.head_dim**-0.5 if slow.endswith("weight") else 0.0
+            value = design.inputs.norm_gain * value_dim**-0.5 if slow.endswith("weight") else 0.0
             assert bool((attn.memory.weights()[slow] == value).all())
         expected = design.inputs.rate.parameters(attn.b_proj.shape)
         assert set(dict(attn.b_proj.named_parameters(recurse=False))) == set(expected)

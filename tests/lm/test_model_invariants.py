@@ -19,7 +19,7 @@ every_design = pytest.mark.parametrize("name", DESIGNS)
 
 @every_design
 def test_causality_to_the_bit(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]), tokens(2, LENGTH)
+    model, x = build(name), tokens(2, LENGTH)
     before = model(x).logits
     for t in (0, 4, LENGTH - 1):
         changed = x.clone()
@@ -31,7 +31,7 @@ def test_causality_to_the_bit(name: str, build: Build) -> None:
 
 @every_design
 def test_rows_do_not_see_each_other(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]), tokens(3, LENGTH)
+    model, x = build(name), tokens(3, LENGTH)
     together = model(x).logits
     apart = torch.cat([model(row[None]).logits for row in x])
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
@@ -39,7 +39,7 @@ def test_rows_do_not_see_each_other(name: str, build: Build) -> None:
 
 @every_design
 def test_an_early_token_is_remembered(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]), tokens(1, LENGTH)
+    model, x = build(name), tokens(1, LENGTH)
     changed = x.clone()
     changed[0, 2] = (changed[0, 2] + 5) % 23
     reach = model(x).logits - model(changed).logits
@@ -49,7 +49,7 @@ def test_an_early_token_is_remembered(name: str, build: Build) -> None:
 @every_design
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_changes_nothing(name: str, side: str, build: Build) -> None:
-    model = build(DESIGNS[name])
+    model = build(name)
     rows = [tokens(n, seed=n) for n in (3, LENGTH, 6)]
     ids, mask = padded(rows, side)
     logits = model(ids, attention_mask=mask).logits
@@ -69,7 +69,7 @@ def test_padding_in_the_middle_is_left_out(build: Build) -> None:
 
 @every_design
 def test_packed_sequences_equal_separate_ones(name: str, build: Build) -> None:
-    model = build(DESIGNS[name])
+    model = build(name)
     rows = [tokens(n, seed=n) for n in (5, 1, LENGTH, 4)]
     bounds = torch.tensor([0, 5, 6, 6 + LENGTH, 10 + LENGTH], dtype=torch.int32)
     packed = torch.cat(rows)[None]
@@ -84,7 +84,7 @@ def test_packed_sequences_equal_separate_ones(name: str, build: Build) -> None:
 
 @every_design
 def test_every_split_equals_one_call(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]), tokens(2, LENGTH)
+    model, x = build(name), tokens(2, LENGTH)
     whole = model(x).logits
     for split in range(1, LENGTH):
         start = model(x[:, :split], use_cache=True)
@@ -100,7 +100,7 @@ def test_every_split_equals_one_call(name: str, build: Build) -> None:
 @every_design
 def test_left_padded_prefill_then_decode(name: str, build: Build) -> None:
     """Rows then stand at different places of the refresh window; in the second case's first call one row is empty."""
-    model = build(DESIGNS[name])
+    model = build(name)
     rows = [tokens(n, seed=n) for n in (3, LENGTH, 6)]
     ids, mask = padded(rows, "left")
     alone = [model(row[None]).logits[0, -1] for row in rows]
@@ -126,7 +126,7 @@ def test_a_hidden_row_keeps_its_state(build: Build) -> None:
 
 @every_design
 def test_gradients_reach_every_parameter(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]).train(), tokens(2, LENGTH)
+    model, x = build(name).train(), tokens(2, LENGTH)
     model(x, labels=x).loss.backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not bool((p.grad != 0).any())]
     assert not dead
@@ -135,7 +135,7 @@ def test_gradients_reach_every_parameter(name: str, build: Build) -> None:
 
 @every_design
 def test_gradients_through_padding_and_packing(name: str, build: Build) -> None:
-    model = build(DESIGNS[name])
+    model = build(name)
     rows = [tokens(n, seed=n) for n in (4, 7)]
     weight = torch.randn(2, 7, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
@@ -155,7 +155,7 @@ def test_gradients_through_padding_and_packing(name: str, build: Build) -> None:
 
 @every_design
 def test_gradient_checkpointing_gives_the_same_gradients(name: str, build: Build) -> None:
-    model, x = build(DESIGNS[name]).train(), tokens(2, LENGTH)
+    model, x = build(name).train(), tokens(2, LENGTH)
     plain = torch.autograd.grad(model(x, labels=x).loss, list(model.parameters()))
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     again = torch.autograd.grad(model(x, labels=x).loss, list(model.parameters()))
