@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from miras.layer import LayerCache, MemoryLayer
+from miras.layer import MemoryLayer
 from miras.lm.config import MirasConfig
+from miras.mixer import LayerCache
 from miras.packing import Packing
 
 

@@ -18,10 +18,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from miras.layer import MemoryLayer, pack_rows
+from miras.layer import MemoryLayer
 from miras.lm.backbone import MirasBlock
 from miras.lm.cache import MirasCache
 from miras.lm.config import MirasConfig
+from miras.mixer import pack_rows
 from miras.modules import FastWeights, GateProjection, ShortConvolution, initial_values, mark_no_weight_decay
 from miras.packing import Packing
 
