@@ -29,6 +29,7 @@ MEMBERS: list[Choice] = [
     *(retention.FDivergence(name, 2.0) for name in ("kl", "reverse_kl", "jensen_shannon")),
     learning.NonParametric(),
     learning.NonParametric(64),
+    learning.NonParametric(64, persistent=4),
     *GATES,
     inputs.Normalized(),
     inputs.Normalized(values=True),

@@ -17,6 +17,7 @@ from miras.inputs import GateMap, Sigmoid, Softplus
 from miras.mixer import Mixer
 from miras.modules import FastWeights, GateProjection, ShortConvolution
 from miras.packing import Packing
+from miras.persistent import PersistentTokens
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class MemoryLayer(Mixer):
         self._add_projections(norm_eps)
         if design.parametric:
             self._add_memory()
+        elif (persistent := getattr(design.learning, "persistent", 0)) > 0:
+            self.persistent = PersistentTokens(persistent, hidden_size)
         if design.inputs.aligned:
             self.align()
 
@@ -232,7 +235,13 @@ class MemoryLayer(Mixer):
         return self.o_proj(out)
 
     def _weights(self) -> dict[str, Tensor]:
-        return self.memory.weights() if self.design.parametric else {}
+        if self.design.parametric:
+            return self.memory.weights()
+        if getattr(self.design.learning, "persistent", 0) == 0:
+            return {}
+        # Each token is a sequence of its own: it stands at position 0.
+        stream = self._stream(self.persistent.tokens.unsqueeze(1), None, None, keep=False)
+        return {name: x.squeeze(1).transpose(0, 1) for name, x in (("keys", stream.k), ("values", stream.v))}
 
     def _blank(self, like: LayerState, num_rows: int) -> LayerState:
         """The state of sequences that have seen nothing yet."""

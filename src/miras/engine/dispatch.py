@@ -129,6 +129,7 @@ def memorize(
             and gates have T * n positions, q and log_decay T.
         design: the four choices; see `miras.Design`.
         weights: initial dual state A_0, {name: [H, d_in, d_out]}, and slow norm parameters as extra names [H, V].
+            Softmax attention: "keys" [H, N, K] and "values" [H, N, V] of its N persistent tokens, if it has any.
         lr: rates eta >= 0, [B, T, H], or [B, T, H, C] one a channel of the model-width axis.
         log_decay: log alpha <= 0 in nats, [B, T, H] or [B, T, H, C]; None keeps everything.
         gates: what the bias and the learning declare, {name: [B, T, H]}.
@@ -159,9 +160,9 @@ def memorize(
         assert initial_state is None or isinstance(initial_state, AttentionState)
         window = getattr(design.learning, "window", None)
         if cu_seqlens is None:
-            out, final = run_attention(q, k, v, window, initial_state)
+            out, final = run_attention(q, k, v, window, initial_state, weights)
         else:
-            out, final = run_packed(q, k, v, window, initial_state, cu_seqlens)
+            out, final = run_packed(q, k, v, window, initial_state, weights, cu_seqlens)
         return out.to(v.dtype), final if output_final_state else None
     assert lr is not None and (initial_state is None or isinstance(initial_state, MemoryState))
     problem = build_problem(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)

@@ -218,6 +218,10 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     if not design.parametric:
+        persistent = getattr(design.learning, "persistent", 0)
+        if persistent > 0:
+            _check_persistent(weights, persistent, k, v)
+            weights = {}
         given = [name for name, x in (("weights", weights), ("gates", gates)) if x]
         given += [name for name, x in (("lr", lr), ("log_decay", log_decay)) if x is not None]
         require(not given, f"a non-parametric design has no fast weights and takes no {', '.join(given)}")
@@ -236,6 +240,12 @@ def check_inputs(
     )
     for name, gate in gates.items():
         _check_gate(name, gate, (k.shape[0], steps, k.shape[2]), design, None, None)
+
+
+def _check_persistent(weights: Mapping[str, Tensor], count: int, k: Tensor, v: Tensor) -> None:
+    wanted = {name: (x.shape[2], count, x.shape[3]) for name, x in (("keys", k), ("values", v))}
+    given = {name: tuple(x.shape) for name, x in weights.items()}
+    require(given == wanted, f"weights given: {given or 'none'}; {count} persistent tokens need {wanted}")
 
 
 def check_state(state: State, design: Design, rows: int, k: Tensor, v: Tensor) -> None:

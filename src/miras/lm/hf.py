@@ -25,6 +25,7 @@ from miras.lm.config import MirasConfig
 from miras.mixer import pack_rows
 from miras.modules import FastWeights, GateProjection, ShortConvolution, initial_values, mark_no_weight_decay
 from miras.packing import Packing
+from miras.persistent import PersistentTokens
 
 IGNORED = -100
 """Label of a token that the loss leaves out."""
@@ -44,7 +45,7 @@ class MirasPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FastWeights, GateProjection, ShortConvolution)):
+        if isinstance(module, (FastWeights, GateProjection, PersistentTokens, ShortConvolution)):
             for name, value in initial_values(module).items():
                 init.copy_(module.get_parameter(name), value)
 
@@ -62,7 +63,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
-            if isinstance(module, (FastWeights, GateProjection)):
+            if isinstance(module, (FastWeights, GateProjection, PersistentTokens)):
                 mark_no_weight_decay(module)
         return loaded
 
