@@ -48,6 +48,9 @@ MEMBERS: list[Choice] = [
     models.yaad(),
     models.transformer(window=8),
     design.Pattern((models.yaad(), models.transformer(16))),
+    models.titans_mac(),
+    models.titans_mag(),
+    design.Pattern((models.titans_mag(), models.yaad())),
 ]
 
 

@@ -278,7 +278,7 @@ def test_options_are_complete() -> None:
     wanted = {
         (cls, field.name)
         for cls in public_classes()
-        if cls.family in engine and cls.__name__ != "Pattern"
+        if cls.family in engine and (cls is Design or cls.family != "design")  # arrangements: tests/test_arrangement.py
         for field in dataclasses.fields(cls)
     }
     assert wanted - set(OPTIONS) - SHAPES - SINGLE == {(Design, "inputs")}  # for which see tests/test_inputs.py
@@ -311,7 +311,7 @@ def named_models() -> dict[str, Design]:
     """Every design that a named model is made of; softmax attention with a window, as its cache grows without one."""
     found = {"transformer, window": models.transformer(window=64)}
     for name, function in models.NAMED.items():
-        for index, design in enumerate(function().designs):
+        for index, design in enumerate(function().parts):
             if design.parametric:
                 found[f"{name} {index}"] = design
     return found

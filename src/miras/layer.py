@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from miras.choice import Gate, require
 from miras.design import Design
-from miras.engine import explain, memorize
+from miras.engine import explain, memorize, recall
 from miras.engine.problem import AttentionState, MemoryState, State, build_problem
 from miras.inputs import GateMap, Sigmoid, Softplus
 from miras.mixer import Mixer
@@ -199,6 +199,19 @@ class MemoryLayer(Mixer):
         if rows is not None:
             state = (past if past is not None else self._blank(state, num_rows)).put(rows, state)
         return o, state
+
+    def queries(
+        self, x: Tensor, past: LayerState | None, packing: Packing | None, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """q [B, T, H, K] at x after `past` (whose rows are the sequences), and the next convolution tails if `keep`."""
+        stream = self._stream(x, past, packing, keep)
+        return stream.q, stream.tails
+
+    def recall(self, q: Tensor, x: Tensor, memory: MemoryState | None, packing: Packing | None) -> Tensor:
+        """What the memory held at its last window end, read at q [B, T, H, K], as outputs at x; nothing is written."""
+        bounds = packing.bounds if packing is not None else None
+        out = recall(q, design=self.design, weights=self._weights(), state=memory, cu_seqlens=bounds)
+        return self._read_out(out, x)
 
     def _stream(self, x: Tensor, past: LayerState | None, packing: Packing | None, keep: bool) -> Stream:
         """What the memory is fed at each token: q [B, T, H, K], k and v [B, T * n, H, K], rates, decays and gates."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from miras import models
 from miras.bias import L2, Dot, Huber
-from miras.design import Design, Pattern
+from miras.design import Design, LayerDesign, MemoryAsContext, MemoryAsGate, Pattern
 from miras.inputs import Constant, Inputs, LogDecay, Positive, Rotary, Sigmoid, Softplus
 from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
 from miras.memory import MLP, GatedMLP, Matrix
@@ -24,6 +24,10 @@ ATTENTION = Design(
     inputs=Inputs(features=Rotary(), conv_size=0, activation=None, output_norm=False, output_gate=False),
 )
 
+PERSISTENT = replace(ATTENTION, learning=NonParametric(window=3, persistent=2))
+
+TITANS = models.titans_lmm(refresh=4, memory=MLP(expansion=2.0))
+
 HUBER = Design(
     memory=MLP(),
     bias=Huber("norm"),
@@ -33,7 +37,7 @@ HUBER = Design(
     inputs=Inputs(gates={"delta": Softplus(0.5)}, rate=Sigmoid(rank=3)),
 )
 
-DESIGNS: dict[str, Design | Pattern] = {
+DESIGNS: dict[str, LayerDesign | Pattern] = {
     "huber": HUBER,
     "momentum": replace(HUBER, bias=L2(), learning=Momentum(), anchor="origin", inputs=Inputs(conv_size=2)),
     "signed_kl": replace(
@@ -71,6 +75,13 @@ DESIGNS: dict[str, Design | Pattern] = {
     ),
     "window": ATTENTION,
     "hybrid": Pattern((HUBER, ATTENTION)),
+    "mac": models.titans_mac(num_persistent=2, refresh=4),
+    "mac_online": MemoryAsContext(
+        Design(MLP(), L2(), Decay(), MultiStep(2), refresh=2, inputs=Inputs(features=Rotary(), conv_size=0)),
+        replace(PERSISTENT, learning=NonParametric(), inputs=Inputs(conv_size=3)),
+    ),
+    "mag": MemoryAsGate(TITANS, PERSISTENT),
+    "mal": Pattern((TITANS, PERSISTENT)),
 }
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -173,6 +174,37 @@ def memorize(
         past = None if initial_state is None else initial_state.map(_tracked)
         out, state = _run(_tracked_problem(problem), chosen, past, cu_seqlens)
     return out.to(v.dtype), state if output_final_state else None
+
+
+def recall(
+    q: Tensor,
+    *,
+    design: Design,
+    weights: Mapping[str, Tensor],
+    state: MemoryState | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """What a memory held at the last window end, read at q [B, T, H, K] and not written: o_t = M(link(a + point); q_t).
+
+    The rest is as in `memorize`, unchecked; without a state the memory is A_0. Outputs [B, T, H, V] in q's dtype.
+    """
+    if cu_seqlens is not None and state is not None:
+        parts = [
+            recall(q[:, start:stop], design=design, weights=weights, state=state.index_select(torch.tensor([row])))
+            for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist()))
+        ]
+        return torch.cat(parts, dim=1)
+    assert design.memory is not None
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    slow = {name: weights[name].to(dtype).unsqueeze(1) for name in design.slow_names(q.shape[-1]) if name in weights}
+    point = {name: x.to(dtype) for name, x in weights.items() if name not in slow}
+    if state is not None:
+        anchored = design.anchor == "initial"
+        point = {name: _tracked(x) + (point[name] if anchored else 0) for name, x in state.point.items()}
+    with _no_autocast(q.device.type):
+        linked = {name: design.link(x) for name, x in point.items()}
+        out = design.memory(q.to(dtype).transpose(1, 2), lambda name, h: h @ linked[name], slow)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

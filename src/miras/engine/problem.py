@@ -111,6 +111,11 @@ class AttentionState(State):
     values: Tensor
     length: Tensor
 
+    def trim(self) -> AttentionState:
+        """Without the columns that are real in no row."""
+        start = self.keys.shape[1] - int(self.length.max())
+        return replace(self, keys=self.keys[:, start:].clone(), values=self.values[:, start:].clone())
+
 
 @dataclass(frozen=True)
 class Problem:

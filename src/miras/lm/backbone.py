@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from miras.layer import MemoryLayer
+from miras.arrangement import make_mixer
 from miras.lm.config import MirasConfig
 from miras.mixer import LayerCache
 from miras.packing import Packing
@@ -33,10 +33,10 @@ class MirasBlock(GradientCheckpointingLayer):
         super().__init__()
         assert config.intermediate_size is not None
         self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = MemoryLayer(
+        self.attn = make_mixer(
+            config.layer_design(layer_idx),
             config.hidden_size,
             config.num_heads,
-            config.layer_design(layer_idx),
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             layer_idx=layer_idx,
