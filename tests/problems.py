@@ -51,7 +51,9 @@ def random_problem(
     k = torch.nn.functional.normalize(normal(batch, steps, heads, width), dim=-1)
     v = normal(batch, steps, heads, value_width)
     if not design.parametric:
-        return {"design": design, "q": q, "k": k, "v": v}
+        persistent = getattr(design.learning, "persistent", 0)
+        shared = {"keys": normal(heads, persistent, width), "values": normal(heads, persistent, value_width)}
+        return {"design": design, "q": q, "k": k, "v": v} | ({"weights": shared} if persistent else {})
     assert design.memory is not None
     # Logits near 0 give nearly equal weights, whose products a norm would magnify beyond what float64 can compare.
     assert design.retention is not None

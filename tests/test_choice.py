@@ -33,6 +33,7 @@ MEMBERS: list[Choice] = [
     *(retention.FDivergence(name, 2.0) for name in ("kl", "reverse_kl", "jensen_shannon")),
     learning.NonParametric(),
     learning.NonParametric(64),
+    learning.NonParametric(64, persistent=4),
     *GATES,
     inputs.Normalized(),
     inputs.Normalized(values=True),
@@ -59,6 +60,9 @@ MEMBERS: list[Choice] = [
     models.yaad(),
     models.transformer(window=8),
     design.Pattern((models.yaad(), models.transformer(16))),
+    models.titans_mac(),
+    models.titans_mag(),
+    design.Pattern((models.titans_mag(), models.yaad())),
 ]
 
 

@@ -33,7 +33,10 @@ from tests.problems import (
 from tests.table import TABLE, Row
 from tests.test_choice import public_classes
 
-ATTENTION = [Row(models.transformer(window), "head", None, False) for window in (None, 1, 4)]
+ATTENTION = [
+    Row(models.transformer(learning=learning.NonParametric(window, persistent)), "head", None, False)
+    for window, persistent in ((None, 0), (1, 0), (4, 0), (None, 2), (4, 2))
+]
 ROWS = [*TABLE, *ATTENTION]
 
 SHORT = {1: 5, 5: 8, 16: 18}
@@ -254,6 +257,10 @@ for _cls, _part, _changes in (
         OPTIONS[type(_cls), _field] = option(_part, _cls, replace(_cls, **{_field: _value}))
 OPTIONS[bias.Envelope, "bias"] = option("bias", bias.Envelope(bias.L2()), bias.Envelope(bias.Robust()), ONLINE)
 OPTIONS[learning.NonParametric, "window"] = models.transformer(None), models.transformer(2)
+OPTIONS[learning.NonParametric, "persistent"] = (
+    models.transformer(),
+    models.transformer(learning=learning.NonParametric(persistent=2)),
+)
 
 SHAPES = {(memory.MLP, "depth"), (memory.MLP, "expansion"), (memory.GatedMLP, "expansion"), (learning.MultiStep, "n")}
 """Options that change the shapes of weights or inputs (tests/test_memory.py, tests/engine/test_memorize.py)."""
@@ -267,7 +274,7 @@ def test_options_are_complete() -> None:
     wanted = {
         (cls, field.name)
         for cls in public_classes()
-        if cls.family in engine and cls.__name__ != "Pattern"
+        if cls.family in engine and (cls is Design or cls.family != "design")  # arrangements: tests/test_arrangement.py
         for field in dataclasses.fields(cls)
     }
     assert wanted - set(OPTIONS) - SHAPES - SINGLE == {(Design, "inputs")}  # for which see tests/test_inputs.py
@@ -300,7 +307,7 @@ def named_models() -> dict[str, Design]:
     """Every design that a named model is made of; softmax attention with a window, as its cache grows without one."""
     found = {"transformer, window": models.transformer(window=64)}
     for name, function in models.NAMED.items():
-        for index, design in enumerate(function().designs):
+        for index, design in enumerate(function().parts):
             if design.parametric:
                 found[f"{name} {index}"] = design
     return found

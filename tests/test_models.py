@@ -19,9 +19,9 @@ from torch import Tensor
 
 import miras
 from miras import memory, models, retention
+from miras.arrangement import make_mixer
 from miras.bias import Huber, Lp
-from miras.design import Design, Pattern, design_from
-from miras.layer import MemoryLayer
+from miras.design import Arrangement, Design, Pattern, design_from
 from tests.problems import Problem, assert_close, assert_same, differentiable, probe, random_problem
 
 TOKENS = 11
@@ -313,25 +313,23 @@ def test_named_models_are_designs(name: str) -> None:
     """Each goes through JSON, takes overrides, has a layer that runs on it, and says what it is and where it is from."""
     function = models.NAMED[name]
     design = function()
-    assert isinstance(design, (Design, Pattern))
+    assert isinstance(design, (Design, Arrangement, Pattern))
     assert design_from(json.loads(json.dumps(design.to_dict()))) == design
     assert models.named(name) == design
     assert function.__doc__
-    for part in design.designs:
-        layer = MemoryLayer(32, 2, part)
+    for element in design.designs:
+        layer = make_mixer(element, 32, 2)
         out, _, _ = layer(torch.randn(2, 5, 32))
         assert out.shape == (2, 5, 32)
         assert torch.isfinite(out).all()
     changed = function(refresh=1, gradient_at="previous")
-    assert changed.designs[0].refresh == 1
+    assert changed.parts[0].refresh == 1
 
 
 def test_structure_is_the_table_of_the_models() -> None:
     """Section 4 of the contract: memory, bias, retention and learner of each model, whatever its numbers."""
     kinds = {
-        name: [
-            tuple(getattr(part, "kind", None) for part in (d.memory, d.bias, d.retention, d.learning)) for d in f().designs
-        ]
+        name: [tuple(getattr(part, "kind", None) for part in (d.memory, d.bias, d.retention, d.learning)) for d in f().parts]
         for name, f in models.NAMED.items()
     }
     attention = (None, "L2", None, "NonParametric")
@@ -342,6 +340,12 @@ def test_structure_is_the_table_of_the_models() -> None:
     assert kinds["transformer"] == [attention]
     assert kinds["moneta"][0][:2] == ("MLP", "Lp")
     assert kinds["memora"][0][:2] == ("MLP", "L2")
+    for name in ("titans_mac", "titans_mag", "titans_mal"):
+        assert kinds[name] == [kinds["titans_lmm"][0], attention]
+        assert models.NAMED[name](num_persistent=3).parts[1].learning.persistent == 3
+    assert models.titans_mac().segment == 64
+    assert models.titans_mag(window=32).attention.learning.window == 32
+    assert models.titans_mal(window=32).designs[1].learning.window == 32
     for name in ("moneta", "yaad", "memora"):
         assert kinds[f"{name}_h"] == [kinds[name][0], attention]
         window = models.NAMED[f"{name}_h"](window=32).designs[1].learning.window
@@ -375,7 +379,7 @@ def test_public_functions_are_named() -> None:
         and f.__module__ == models.__name__
         and not name.startswith("_")
         and name != "named"
-        and inspect.signature(f).return_annotation in ("Design", "Pattern")
+        and inspect.signature(f).return_annotation in ("Design", "MemoryAsContext", "MemoryAsGate", "Pattern")
     }
     assert makers == set(models.NAMED)
 

@@ -8,11 +8,12 @@ A model is four choices (Miras, arXiv 2504.13173, Table 1):
     learning    the online optimiser            GradientDescent, Momentum, MultiStep, Omega, Muon, NonParametric
 
 `Design` puts them together, `memorize` runs one, `MemoryLayer` is a layer of one, `MirasForCausalLM` a language model, and
-`models` holds the named ones.
+`models` holds the named ones. `MemoryAsGate` and `MemoryAsContext` put a memory and attention into one layer (Titans).
 """
 
 from miras import bias, features, inputs, learning, memory, models, retention
-from miras.design import Design, Pattern
+from miras.arrangement import make_mixer
+from miras.design import Design, MemoryAsContext, MemoryAsGate, Pattern
 from miras.engine import PATHS, AttentionState, MemoryState, explain, memorize
 from miras.layer import MemoryLayer
 from miras.lm import MirasCache, MirasConfig, MirasForCausalLM, MirasModel
@@ -23,6 +24,8 @@ __all__ = [
     "PATHS",
     "AttentionState",
     "Design",
+    "MemoryAsContext",
+    "MemoryAsGate",
     "MemoryLayer",
     "MemoryState",
     "MirasCache",
@@ -35,6 +38,7 @@ __all__ = [
     "features",
     "inputs",
     "learning",
+    "make_mixer",
     "memorize",
     "memory",
     "models",

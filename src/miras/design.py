@@ -1,4 +1,4 @@
-"""A design: the four choices, when gradients and links are taken, and what is legal."""
+"""A design: the four choices, when gradients and links are taken, and what is legal; and arrangements of designs."""
 
 from __future__ import annotations
 
@@ -90,6 +90,11 @@ class Design(Choice):
         """The pattern of designs over the layers: this one everywhere."""
         return (self,)
 
+    @property
+    def parts(self) -> tuple[Design, ...]:
+        """The designs that it is made of."""
+        return (self,)
+
     def slow_names(self, value_dim: int) -> tuple[str, ...]:
         """Names of the optional slow parameters of the memory."""
         return tuple(self.memory.slow(value_dim)) if self.memory is not None else ()
@@ -101,28 +106,113 @@ class Design(Choice):
 
 
 @dataclass(frozen=True)
-class Pattern(Choice):
-    """A small arrangement of designs over a model's layers: layer i uses designs[i % len(designs)]."""
+class Arrangement(Choice, abstract=True):
+    """A memory and softmax attention inside one layer: o_t = norm(y_t) o silu(norm(m_t)), y_t from attention, m_t read.
+
+    Both norms have learned gains; what y_t and m_t are made of is the subclass's business.
+
+    Source: Titans (arXiv 2501.00663) Sec. 4; the non-linearity, which the paper leaves open, is SiLU.
+    """
 
     family: ClassVar[str] = "design"
 
-    designs: tuple[Design, ...]
+    memory: Design
+    attention: Design
+
+    def __post_init__(self) -> None:
+        for name, part in (("memory", self.memory), ("attention", self.attention)):
+            if not isinstance(part, Design):
+                raise TypeError(f"{name}={part!r}; must be a Design")
+        require(self.memory.parametric, f"memory has learning {self.memory.learning.kind}, which keeps no fast weights")
+        require(
+            not self.attention.parametric,
+            f"attention has learning {self.attention.learning.kind}, which has fast weights; use miras.models.transformer()",
+        )
+
+    @property
+    def designs(self) -> tuple[Arrangement, ...]:
+        """The pattern over the layers: this arrangement everywhere."""
+        return (self,)
+
+    @property
+    def parts(self) -> tuple[Design, ...]:
+        """The designs that it is made of, the memory's first."""
+        return (self.memory, self.attention)
+
+
+@dataclass(frozen=True)
+class MemoryAsGate(Arrangement):
+    """Titans MAG: y = attention(x), m = memory(x), side by side. Source: Titans Sec. 4.2, Eq. 26-28."""
+
+
+@dataclass(frozen=True)
+class MemoryAsContext(Arrangement):
+    """Titans MAC: attention over a segment of the sequence and over what the memory knows about it, which is then learned.
+
+        r_t = M(W_s; q(x_t))                        the memory at the segment's start s, not written
+        y_t = attention(r_{s+1}, x_{s+1}, .., r_t, x_t), read at x_t
+        m_t = M(W_t; q(y_t)), W_t having learned y_t
+
+    Segments are the memory's windows, `refresh` gradient steps, so that W_s is where its gradients are taken. r_i and x_i
+    are neighbours, 2 (i - s) and 2 (i - s) + 1, in the sequence that the attention sees, and so token t sees no later one.
+
+    Source: Titans Sec. 4.1, Eq. 21-25.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        window, steps = getattr(self.attention.learning, "window", None), self.memory.learning.micro_steps
+        require(window is None, f"attention has window={window}; in a MemoryAsContext it sees the segment: leave it None")
+        require(
+            self.memory.refresh % steps == 0,
+            f"memory has refresh={self.memory.refresh}, which is no multiple of its {steps} gradient steps a token: a "
+            "segment would end inside a token",
+        )
+        inputs = self.memory.inputs
+        require(
+            not (inputs.features.own_read or inputs.features.shares or inputs.token_shift),
+            f"memory has features {inputs.features.kind} (or a token shift), whose read-out depends on the token that is "
+            "written; what a MemoryAsContext recalls is read before any is",
+        )
+
+    @property
+    def segment(self) -> int:
+        """Tokens a segment."""
+        return self.memory.refresh // self.memory.learning.micro_steps
+
+
+LayerDesign = Design | Arrangement
+"""What one layer is made from."""
+
+
+@dataclass(frozen=True)
+class Pattern(Choice):
+    """Designs, or arrangements of them, over a model's layers: layer i uses designs[i % len(designs)]."""
+
+    family: ClassVar[str] = "design"
+
+    designs: tuple[LayerDesign, ...]
 
     def __post_init__(self) -> None:
         require(
-            len(self.designs) > 0 and all(isinstance(item, Design) for item in self.designs),
+            len(self.designs) > 0 and all(isinstance(item, LayerDesign) for item in self.designs),
             "Pattern needs a non-empty tuple of designs",
         )
 
+    @property
+    def parts(self) -> tuple[Design, ...]:
+        """The designs that it is made of, layer by layer."""
+        return tuple(part for item in self.designs for part in item.parts)
 
-def design_from(data: Design | Pattern | Mapping[str, Any]) -> Design | Pattern:
-    """A design or pattern, given as such or as the dictionary that its `to_dict` makes.
+
+def design_from(data: LayerDesign | Pattern | Mapping[str, Any]) -> LayerDesign | Pattern:
+    """A design, arrangement or pattern, given as such or as the dictionary that its `to_dict` makes.
 
     Raises:
         TypeError: anything else.
         ValueError: unknown kinds or fields, or an illegal combination.
     """
-    if isinstance(data, (Design, Pattern)):
+    if isinstance(data, (Design, Arrangement, Pattern)):
         return data
     if isinstance(data, Mapping):
         return Design.from_dict({name: item for name, item in data.items() if name != "family"})

@@ -175,6 +175,11 @@ class Features(Choice, abstract=True):
 
     scaled: bool = field(default=False, kw_only=True)
 
+    @property
+    def own_read(self) -> bool:
+        """Whether `read` does more than to norm the outputs."""
+        return type(self).read is not Features.read
+
     def gates(self, first: bool) -> tuple[Gate, ...]:
         """Gates that only the features read; `first` in the first layer of their kind."""
         return ()
@@ -236,6 +241,10 @@ class Positive(Features):
 
     def __post_init__(self) -> None:
         require_one_of("Positive map", self.map, tuple(POSITIVE_MAPS))
+
+    @property
+    def own_read(self) -> bool:
+        return self.normalizer
 
     def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
         return key_dim, value_dim + int(self.normalizer)

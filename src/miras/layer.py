@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from miras.choice import Gate, require
 from miras.design import Design
-from miras.engine import explain, memorize
-from miras.engine.problem import AttentionState, MemoryState, build_problem
+from miras.engine import explain, memorize, recall
+from miras.engine.problem import AttentionState, MemoryState, State, build_problem
 from miras.inputs import GATE_ACTIVATIONS, GateMap, Sigmoid, Softplus, Stream
+from miras.mixer import Mixer
 from miras.modules import (
     FastWeights,
     FeatureNumbers,
@@ -24,10 +25,11 @@ from miras.modules import (
     projection,
 )
 from miras.packing import Packing
+from miras.persistent import PersistentTokens
 
 
 @dataclass(frozen=True)
-class LayerState:
+class LayerState(State):
     """What a layer needs to go on after a sequence's last token; every tensor's first axis is the sequence.
 
     conv    last inputs of the short convolutions of q, k, v, [B, conv_size - 1, channels] each, then the last hidden state
@@ -40,54 +42,8 @@ class LayerState:
     memory: MemoryState | AttentionState
     seen: Tensor
 
-    def index_select(self, rows: Tensor) -> LayerState:
-        """Rows picked (and repeated) by index, as beam search does."""
-        conv = tuple(x.index_select(0, rows.to(x.device)) for x in self.conv)
-        return LayerState(conv, self.memory.index_select(rows), self.seen.index_select(0, rows.to("cpu")))
 
-    def put(self, rows: Tensor, new: LayerState) -> LayerState:
-        """This state with `new` in the place of some rows."""
-        conv = tuple(_put(x, rows, y) for x, y in zip(self.conv, new.conv, strict=True))
-        tensors = iter(new.memory.tensors())
-        memory = self.memory.map(lambda x: _put(x, rows, next(tensors)))
-        return LayerState(conv, memory, _put(self.seen, rows, new.seen))
-
-    def detach(self) -> LayerState:
-        """The same state, cut off from the graph."""
-        return LayerState(tuple(x.detach() for x in self.conv), self.memory.detach(), self.seen)
-
-    def to(self, device: torch.device | str) -> LayerState:
-        """The state on another device."""
-        return LayerState(tuple(x.to(device) for x in self.conv), self.memory.to(device), self.seen)
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor of the state."""
-        return [*self.conv, *self.memory.tensors(), self.seen]
-
-    @property
-    def rows(self) -> int:
-        """Number of sequences."""
-        return len(self.seen)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.memory.nbytes + sum(x.numel() * x.element_size() for x in self.conv)
-
-
-class LayerCache(Protocol):
-    """What a layer asks of a cache (`miras.MirasCache` is one)."""
-
-    def read(self, layer_idx: int) -> LayerState | None:
-        """The state of a layer, None before its first token."""
-        ...
-
-    def write(self, layer_idx: int, state: LayerState, num_tokens: int) -> None:
-        """Keep a layer's state, `num_tokens` columns further on."""
-        ...
-
-
-class MemoryLayer(nn.Module):
+class MemoryLayer(Mixer):
     """A sequence mixer [B, T, hidden_size] -> [B, T, hidden_size] that learns (k_t, v_t) and reads q_t at every token.
 
         q, k, v = conv(x Wq), conv(x Wk), conv(x Wv), with SiLU; features (such as unit length) on q and k
@@ -150,6 +106,8 @@ class MemoryLayer(nn.Module):
         self._add_features(first)
         if design.parametric:
             self._add_memory(first)
+        elif (persistent := getattr(design.learning, "persistent", 0)) > 0:
+            self.persistent = PersistentTokens(persistent, hidden_size)
         if design.inputs.aligned:
             self.align()
 
@@ -239,42 +197,6 @@ class MemoryLayer(nn.Module):
             )
         return GateProjection(gate, self.hidden_size, self.num_heads, channels, steps)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: LayerCache | None = None,
-        use_cache: bool = False,
-        cu_seqlens: Tensor | None = None,
-        packing: Packing | None = None,
-        shared: dict[str, Tensor] | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None, LayerCache | None]:
-        """hidden_states [B, T, hidden_size] -> (o [B, T, hidden_size], None, past_key_values).
-
-        attention_mask   [B, T], 1 at real tokens: padding on any side is left out, and is zero in o. With a cache the
-                         mask may go on to the left; its last T columns count.
-        past_key_values  a cache; read where given, written where `use_cache` is set too
-        cu_seqlens       [0, end of first, ..., T] for B = 1: separate sequences laid end to end
-        packing          the same, ready made, for hidden states that are packed already (the model packs once)
-        shared           what the features of the model's layers hand on to later ones, at the same tokens
-        """
-        if use_cache and past_key_values is None:
-            raise ValueError("use_cache=True needs a cache: pass past_key_values=miras.MirasCache()")
-        place = self.layer_idx
-        if past_key_values is not None and place is None:
-            raise ValueError("a layer that works with a cache needs its place in it: set layer_idx")
-        past = past_key_values.read(place) if past_key_values is not None and place is not None else None
-        x, padded = hidden_states, None
-        if packing is None:
-            packing = pack_rows(hidden_states, attention_mask, cu_seqlens)
-            padded = packing if packing is not None and packing.tokens is not None else None
-            x = hidden_states if padded is None else padded.pack(hidden_states)
-        o, state = self.mix(x, past, packing, keep=use_cache, shared=shared)
-        if state is not None and past_key_values is not None and place is not None:
-            past_key_values.write(place, state, packing.shape[1] if packing else x.shape[1])
-        return o if padded is None else padded.pad(o), None, past_key_values
-
     def mix(
         self,
         x: Tensor,
@@ -314,6 +236,19 @@ class MemoryLayer(nn.Module):
         if rows is not None:
             state = (past if past is not None else self._blank(state, num_rows)).put(rows, state)
         return o, state
+
+    def queries(
+        self, x: Tensor, past: LayerState | None, packing: Packing | None, keep: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """q [B, T, H, K] at x after `past` (whose rows are the sequences), and the next convolution tails if `keep`."""
+        uses, tails = self._uses(x, past, packing, keep)
+        return self._stream(uses, _positions(x, past, packing), None).q, tails
+
+    def recall(self, q: Tensor, x: Tensor, memory: MemoryState | None, packing: Packing | None) -> Tensor:
+        """What the memory held at its last window end, read at q [B, T, H, K], as outputs at x; nothing is written."""
+        bounds = packing.bounds if packing is not None else None
+        out = recall(q, design=self.design, weights=self._weights(), state=memory, cu_seqlens=bounds)
+        return self._read_out(out, None, x)
 
     def _uses(
         self, x: Tensor, past: LayerState | None, packing: Packing | None, keep: bool
@@ -370,8 +305,8 @@ class MemoryLayer(nn.Module):
     def _numbers(self) -> dict[str, Tensor]:
         return {} if self.features is None else self.features.values()
 
-    def _read_out(self, out: Tensor, stream: Stream, x: Tensor) -> Tensor:
-        """[B, T, H, V] -> [B, T, hidden_size]."""
+    def _read_out(self, out: Tensor, stream: Stream | None, x: Tensor) -> Tensor:
+        """[B, T, H, V] -> [B, T, hidden_size]; without the stream, what the features would add from it is left out."""
         output = self.design.inputs.output
         gate = None
         if output.gate is not None:
@@ -383,13 +318,21 @@ class MemoryLayer(nn.Module):
                 y = y * gate
             return y if output.norm is None else self.o_norm(y)
 
-        o = self.design.inputs.features.read(out.to(x.dtype), stream, self._numbers(), norm)
+        out = out.to(x.dtype)
+        o = norm(out) if stream is None else self.design.inputs.features.read(out, stream, self._numbers(), norm)
         if gate is not None and not output.gate_first:
             o = o * gate
         return self.o_proj(o.flatten(2))
 
     def _weights(self) -> dict[str, Tensor]:
-        return self.memory.weights() if self.design.parametric else {}
+        if self.design.parametric:
+            return self.memory.weights()
+        if getattr(self.design.learning, "persistent", 0) == 0:
+            return {}
+        # Each token is a sequence of its own: it stands at position 0.
+        tokens = self.persistent.tokens.unsqueeze(1)
+        stream = self._stream(self._uses(tokens, None, None, keep=False)[0], _positions(tokens, None, None), None)
+        return {name: x.squeeze(1).transpose(0, 1) for name, x in (("keys", stream.k), ("values", stream.v))}
 
     def _blank(self, like: LayerState, num_rows: int) -> LayerState:
         """The state of sequences that have seen nothing yet."""
@@ -456,15 +399,6 @@ def default_map(gate: Gate) -> GateMap:
     return Softplus(gate.initial) if gate.maximum == float("inf") else Sigmoid(gate.initial, gate.maximum)
 
 
-def pack_rows(x: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Packing | None:
-    """How the rows of x [B, T, ...] are packed: by a mask, by cu_seqlens, or not at all (None)."""
-    require(x.shape[1] > 0, f"the sequence is empty: hidden states are {tuple(x.shape)}; give at least one token")
-    if cu_seqlens is not None:
-        require(attention_mask is None, "give attention_mask or cu_seqlens, not both: packed sequences have no padding")
-        return Packing.from_cu_seqlens(cu_seqlens, x.shape[0], x.shape[1])
-    return None if attention_mask is None else Packing.from_mask(attention_mask, x.shape[0], x.shape[1])
-
-
 def _positions(x: Tensor, past: LayerState | None, packing: Packing | None) -> Tensor:
     """[B, T], or [1, N] packed: each token's position from the start of its sequence, past calls included."""
     if packing is None:
@@ -474,11 +408,3 @@ def _positions(x: Tensor, past: LayerState | None, packing: Packing | None) -> T
         positions = packing.position if past is None else packing.position + past.seen[packing.sequence]
         positions = positions.unsqueeze(0)
     return positions.to(x.device)
-
-
-def _put(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
-    # Keys and values of softmax attention are aligned to the right, and may be longer on either side.
-    if old.dim() > 1 and old.shape[1] != new.shape[1]:
-        width = max(old.shape[1], new.shape[1])
-        old, new = (F.pad(x, [0, 0] * (x.dim() - 2) + [width - x.shape[1], 0]) for x in (old, new))
-    return old.index_copy(0, rows.to(old.device), new.to(old.dtype))

@@ -253,15 +253,20 @@ class NonParametric(Learning):
     """No fast weights: softmax attention, the Nadaraya-Watson solution, over the last `window` tokens (None: all).
 
     o_t = sum_i softmax_i(<q_t, k_i> / sqrt(K)) v_i, i in (t - window, t]. Source: Miras Sec. 4, Eq. 10.
+
+    With `persistent` n, every query also sees the keys and values of n learned tokens, whatever the window (Titans,
+    arXiv 2501.00663, Sec. 3.3). A memory with fast weights needs none: its learned A_0 is what it has read before.
     """
 
     window: int | None = None
+    persistent: int = 0
 
     linear: ClassVar[bool] = False
     parametric: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 1, f"NonParametric window={self.window}; must be at least 1")
+        require(self.persistent >= 0, f"NonParametric persistent={self.persistent}; must be a number of tokens, or 0")
 
 
 def _log(gate: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 
 from miras.bias import L2, Bias, Dot, Envelope, Huber, Lp, RidgeDot
 from miras.choice import Choice
-from miras.design import Design, Pattern
+from miras.design import Design, LayerDesign, MemoryAsContext, MemoryAsGate, Pattern
 from miras.features import (
     BoundedDecay,
     DiagonalImplicit,
@@ -125,6 +125,25 @@ def titans_lmm(**overrides: Any) -> Design:
         inputs=deep_inputs(rate=0.5),
     )
     return replace(base, **overrides)
+
+
+def titans_mac(num_persistent: int = 4, **overrides: Any) -> MemoryAsContext:
+    """Titans MAC: attention over segments of `refresh` tokens (64), persistent tokens and what the memory recalls.
+
+    Source: Titans (arXiv 2501.00663) Sec. 4.1; strictly causal, also inside a segment (docs/equations.md).
+    """
+    memory = titans_lmm(**{"refresh": 64, **overrides})
+    return MemoryAsContext(memory, transformer(learning=NonParametric(persistent=num_persistent)))
+
+
+def titans_mag(window: int = 256, num_persistent: int = 4, **overrides: Any) -> MemoryAsGate:
+    """Titans MAG: sliding-window attention with persistent tokens, gated by the memory. Source: Titans Sec. 4.2."""
+    return MemoryAsGate(titans_lmm(**overrides), transformer(learning=NonParametric(window, num_persistent)))
+
+
+def titans_mal(window: int = 256, num_persistent: int = 4, **overrides: Any) -> Pattern:
+    """Titans MAL: the memory and sliding-window attention with persistent tokens, in turn. Source: Titans Sec. 4.3."""
+    return Pattern((titans_lmm(**overrides), transformer(learning=NonParametric(window, num_persistent))))
 
 
 def omeganet(window: int = 4, **overrides: Any) -> Design:
@@ -318,7 +337,7 @@ def swa(window: int = 256, **overrides: Any) -> Design:
     return transformer(window, **overrides)
 
 
-NAMED: dict[str, Callable[..., Design | Pattern]] = {
+NAMED: dict[str, Callable[..., LayerDesign | Pattern]] = {
     function.__name__: function
     for function in (
         moneta,
@@ -328,6 +347,9 @@ NAMED: dict[str, Callable[..., Design | Pattern]] = {
         yaad_h,
         memora_h,
         titans_lmm,
+        titans_mac,
+        titans_mag,
+        titans_mal,
         omeganet,
         atlas,
         ttt_linear,
@@ -353,7 +375,7 @@ NAMED: dict[str, Callable[..., Design | Pattern]] = {
 """Every named model by its name."""
 
 
-def named(name: str, **overrides: Any) -> Design | Pattern:
+def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
     """A named model, with overrides that may be dictionaries, as recipes give them.
 
     `named("yaad", refresh=64, bias={"kind": "Lp", "p": 2.0}, inputs={"weight_std": 1.0})`; fields of `inputs` that are not
@@ -372,7 +394,7 @@ def named(name: str, **overrides: Any) -> Design | Pattern:
         if isinstance(value, Mapping) and field in families:
             overrides[field] = families[field].from_dict(value)
     if isinstance(overrides.get("inputs"), Mapping):
-        own = NAMED[name]().designs[0].inputs.to_dict()
+        own = NAMED[name]().parts[0].inputs.to_dict()
         overrides["inputs"] = Inputs.from_dict({**own, **overrides["inputs"]})
     try:
         return NAMED[name](**overrides)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from miras import models
 from miras.bias import L2, Dot, Huber
-from miras.design import Design, Pattern
+from miras.design import Design, LayerDesign, MemoryAsContext, MemoryAsGate, Pattern
 from miras.inputs import Constant, Inputs, LogDecay, Output, Positive, Rotary, Sigmoid, Softplus
 from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
 from miras.memory import MLP, GatedMLP, Matrix
@@ -25,6 +25,10 @@ ATTENTION = Design(
     inputs=Inputs(features=Rotary(), conv_size=0, activation=None, output=Output(norm=None, gate=None)),
 )
 
+PERSISTENT = replace(ATTENTION, learning=NonParametric(window=3, persistent=2))
+
+TITANS = models.titans_lmm(refresh=4, memory=MLP(expansion=2.0))
+
 HUBER = Design(
     memory=MLP(),
     bias=Huber("norm"),
@@ -35,18 +39,18 @@ HUBER = Design(
 )
 
 
-def small(name: str) -> Design | Pattern:
+def small(name: str) -> LayerDesign | Pattern:
     """A named model with windows that end within a test's sequences."""
     function = models.NAMED[name]
     changes: dict[str, int] = {}
-    if any(part.refresh > 1 for part in function().designs if part.parametric):
+    if any(part.refresh > 1 for part in function().parts if part.parametric):
         changes["refresh"] = 4
     if "window" in inspect.signature(function).parameters and name != "transformer":
         changes["window"] = 5
     return function(**changes)
 
 
-DESIGNS: dict[str, Design | Pattern] = {
+DESIGNS: dict[str, LayerDesign | Pattern] = {
     "huber": HUBER,
     "momentum": replace(HUBER, bias=L2(), learning=Momentum(), anchor="origin", inputs=Inputs(conv_size=2)),
     "signed_kl": replace(
@@ -85,6 +89,13 @@ DESIGNS: dict[str, Design | Pattern] = {
     "window": ATTENTION,
     "hybrid": Pattern((HUBER, ATTENTION)),
     **{name: small(name) for name in models.NAMED},
+    "mac": models.titans_mac(num_persistent=2, refresh=4),
+    "mac_online": MemoryAsContext(
+        Design(MLP(), L2(), Decay(), MultiStep(2), refresh=2, inputs=Inputs(features=Rotary(), conv_size=0)),
+        replace(PERSISTENT, learning=NonParametric(), inputs=Inputs(conv_size=3)),
+    ),
+    "mag": MemoryAsGate(TITANS, PERSISTENT),
+    "mal": Pattern((TITANS, PERSISTENT)),
 }
 
 BLOCKS: dict[str, dict[str, object]] = {

@@ -42,7 +42,7 @@ def test_left_padded_batch(name: str, build: Build) -> None:
         assert torch.equal(together[i, 9:], generate(model, row[None])[0, len(row) :])
 
 
-@pytest.mark.parametrize("name", ["huber", "gated_delta", "hybrid"])
+@pytest.mark.parametrize("name", ["huber", "gated_delta", "hybrid", "mac", "mag"])
 def test_beam_search(name: str, build: Build) -> None:
     model, x = build(name), tokens(2, 7)
     cached = generate(model, x, num_beams=3)

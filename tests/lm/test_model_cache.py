@@ -8,6 +8,7 @@ import pytest
 import torch
 from lm_cases import DESIGNS, tokens
 
+from miras.design import Design
 from miras.lm import MirasCache, MirasForCausalLM
 
 Build = Callable[..., MirasForCausalLM]
@@ -15,22 +16,26 @@ Build = Callable[..., MirasForCausalLM]
 
 @pytest.mark.parametrize("name", DESIGNS)
 def test_size_does_not_grow(name: str, build: Build) -> None:
+    """It may change with the place in a segment, but two stretches of whole segments reach the same sizes."""
     model, cache = build(name), MirasCache()
     sizes = []
     for t in range(30):
         model(tokens(2, 1, seed=t), past_key_values=cache, use_cache=True)
         sizes.append(cache.nbytes)
-    whole = any(not part.parametric and part.learning.window is None for part in model.config.arrangement.designs)
+    designs = [d for d in model.config.arrangement.designs if isinstance(d, Design)]
+    whole = any(not d.parametric and d.learning.window is None for d in designs)
     if whole:  # softmax attention over everything, the one memory that keeps its tokens
         assert sizes[-1] - sizes[-2] == sizes[11] - sizes[10] > 0
     else:
-        assert sizes[10] == sizes[-1] > 0
+        assert sizes[8:16] == sizes[16:24]
+        assert min(sizes) > 0
     storage = sum(x.untyped_storage().nbytes() for slot in cache.layers for x in slot.state.tensors())
     assert storage <= 2 * cache.nbytes
 
 
-def test_rows_can_be_picked_and_repeated(build: Build) -> None:
-    model, x = build(DESIGNS["hybrid"]), tokens(3, 9)
+@pytest.mark.parametrize("name", ["hybrid", "mac", "mag"])
+def test_rows_can_be_picked_and_repeated(name: str, build: Build) -> None:
+    model, x = build(DESIGNS[name]), tokens(3, 9)
     rows = torch.tensor([2, 0, 2])
     want = model(x[rows]).logits[:, 7:]
     cache = MirasCache(model.config)

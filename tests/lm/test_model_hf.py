@@ -20,6 +20,7 @@ from miras import models
 from miras.bias import L2
 from miras.design import Design, Pattern
 from miras.inputs import Inputs
+from miras.layer import MemoryLayer
 from miras.learning import MultiStep
 from miras.lm import MirasConfig, MirasForCausalLM, MirasModel
 from miras.memory import MLP
@@ -93,10 +94,13 @@ def test_initial_values(name: str) -> None:
     """Hugging Face's initialisation leaves what a design asks for."""
     torch.manual_seed(0)
     model = MirasForCausalLM(MirasConfig(design=DESIGNS[name], **{**SIZES, "hidden_size": 64}))
-    for i, layer in enumerate(model.model.layers):
-        design, attn = model.config.layer_design(i), layer.attn
+    for attn in (module for module in model.modules() if isinstance(module, MemoryLayer)):
+        design = attn.design
         assert abs(float(attn.q_proj.weight.detach().std()) - 64**-0.5) < 0.1 * 64**-0.5
         if not design.parametric:
+            if design.learning.persistent:
+                assert 0.7 < float(attn.persistent.tokens.detach().std()) < 1.3
+                assert attn.persistent.tokens._no_weight_decay
             continue
         key_dim, value_dim = design.inputs.features.widths(attn.key_dim, attn.value_dim)
         for weight in attn.memory.shapes:
@@ -152,10 +156,11 @@ def test_missing_weights_get_their_initial_values(build: Build, tmp_path: Path, 
     torch.testing.assert_close(again.lm_head.weight.double(), model.lm_head.weight)
 
 
-def test_half_precision_keeps_the_memory_in_float32(build: Build, tmp_path: Path) -> None:
-    build(DESIGNS["hybrid"]).float().save_pretrained(tmp_path)
+@pytest.mark.parametrize("name", ["hybrid", "mac", "mag"])
+def test_half_precision_keeps_the_memory_in_float32(name: str, build: Build, tmp_path: Path) -> None:
+    build(DESIGNS[name]).float().save_pretrained(tmp_path)
     model = MirasForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    attn = model.model.layers[0].attn
+    attn = next(module for module in model.modules() if isinstance(module, MemoryLayer))
     assert attn.memory.up.dtype == torch.float32
     assert attn.q_proj.weight.dtype == torch.bfloat16
     x = tokens(2, 9)
@@ -163,17 +168,18 @@ def test_half_precision_keeps_the_memory_in_float32(build: Build, tmp_path: Path
     assert out.logits.dtype == torch.bfloat16
     assert bool(out.loss.isfinite())
     whole = MirasForCausalLM.from_pretrained(tmp_path)(x).logits
-    torch.testing.assert_close(out.logits.float(), whole, rtol=0.1, atol=0.3)
+    assert (out.logits.float() - whole).std() < 0.1 * whole.std()
     assert model.generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 12)
 
 
-def test_autocast(build: Build) -> None:
-    model, x = build(DESIGNS["hybrid"]).float(), tokens(2, 9)
+@pytest.mark.parametrize("name", ["hybrid", "mac", "mag"])
+def test_autocast(name: str, build: Build) -> None:
+    model, x = build(DESIGNS[name]).float(), tokens(2, 9)
     exact = model(x).logits
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(x, labels=x)
     out.loss.backward()
-    torch.testing.assert_close(out.logits.float(), exact, rtol=0.1, atol=0.3)
+    assert (out.logits.float() - exact).std() < 0.1 * exact.std()
 
 
 def test_tied_and_untied_embeddings(build: Build) -> None:
@@ -244,7 +250,7 @@ def test_misuse(build: Build) -> None:
 
 
 NAMED = ("moneta", "yaad", "memora", "moneta_h", "yaad_h", "memora_h", "transformer", "linear_attention")
-NAMED += ("deltanet", "gated_deltanet", "titans_lmm")
+NAMED += ("deltanet", "gated_deltanet", "titans_lmm", "titans_mac", "titans_mag", "titans_mal")
 
 
 @pytest.mark.parametrize("name", NAMED)

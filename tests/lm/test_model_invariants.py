@@ -112,8 +112,9 @@ def test_left_padded_prefill_then_decode(name: str, build: Build) -> None:
         torch.testing.assert_close(logits[:, -1], torch.stack(alone), rtol=0, atol=1e-9)
 
 
-def test_a_hidden_row_keeps_its_state(build: Build) -> None:
-    model, x = build(DESIGNS["hybrid"]), tokens(2, LENGTH)
+@pytest.mark.parametrize("name", ["hybrid", "mac", "mag"])
+def test_a_hidden_row_keeps_its_state(name: str, build: Build) -> None:
+    model, x = build(DESIGNS[name]), tokens(2, LENGTH)
     cache = MirasCache()
     model(x[:, :6], past_key_values=cache, use_cache=True)
     only_first = torch.tensor([[1, 1], [0, 0]])

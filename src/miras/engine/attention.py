@@ -1,7 +1,8 @@
-"""The non-parametric memory: causal softmax attention, whole or over a sliding window."""
+"""The non-parametric memory: causal softmax attention, whole or over a sliding window, with persistent tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -12,25 +13,36 @@ from miras.engine.problem import AttentionState
 
 
 def run_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, state: AttentionState | None
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, state: AttentionState | None, weights: Mapping[str, Tensor]
 ) -> tuple[Tensor, AttentionState]:
-    """Outputs [B, T, H, V] for q, k [B, T, H, K], v [B, T, H, V] after the past in `state`; rows may differ in length."""
+    """Outputs [B, T, H, V] for q, k [B, T, H, K], v [B, T, H, V] after the past in `state`; rows may differ in length.
+
+    `weights` may hold the "keys" and "values" [H, N, D] of N persistent tokens, which every query sees.
+    """
     batch, num_tokens = q.shape[:2]
     length = torch.zeros(batch, dtype=torch.int64) if state is None else state.length
     if state is not None:
         k, v = torch.cat((state.keys.to(k.dtype), k), dim=1), torch.cat((state.values.to(v.dtype), v), dim=1)
     past = k.shape[1] - num_tokens
     query, key, value = (x.transpose(1, 2) for x in (q, k, v))
-    if past == 0 and (window is None or window >= num_tokens):
+    if weights:
+        key, value = (_prefixed(weights[name], x) for name, x in (("keys", key), ("values", value)))
+    if past == 0 and (window is None or window >= num_tokens) and not weights:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     else:
         mask = _visible(num_tokens, past, window, length.to(q.device))
+        mask = F.pad(mask, (key.shape[2] - mask.shape[3], 0), value=True)
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     keep = k.shape[1] if window is None else min(k.shape[1], window - 1)
     start = k.shape[1] - keep
     # Copies: a view would keep every key and value of a long prompt alive behind a short window.
     keys, values = (x[:, start:].clone() if start > 0 else x for x in (k, v))
     return out.transpose(1, 2), AttentionState(keys, values, (length + num_tokens).clamp_max(keep))
+
+
+def _prefixed(prefix: Tensor, x: Tensor) -> Tensor:
+    """[H, N, D] in front of x [B, H, S, D]."""
+    return torch.cat((prefix.to(x.dtype).expand(x.shape[0], -1, -1, -1), x), dim=2)
 
 
 def _visible(num_tokens: int, past: int, window: int | None, length: Tensor) -> Tensor:
@@ -45,14 +57,20 @@ def _visible(num_tokens: int, past: int, window: int | None, length: Tensor) -> 
 
 
 def run_packed(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, state: AttentionState | None, cu_seqlens: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    state: AttentionState | None,
+    weights: Mapping[str, Tensor],
+    cu_seqlens: Tensor,
 ) -> tuple[Tensor, AttentionState]:
     """The same for sequences packed into one row, one after the other; the state has a row for each."""
     bounds = cu_seqlens.tolist()
     outputs, ends = [], []
     for row, (start, stop) in enumerate(pairwise(bounds)):
         past = None if state is None else state.index_select(torch.tensor([row]))
-        out, end = run_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], window, past)
+        out, end = run_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], window, past, weights)
         outputs.append(out)
         ends.append(end)
     longest = max(end.keys.shape[1] for end in ends)

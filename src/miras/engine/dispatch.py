@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -129,6 +130,7 @@ def memorize(
             and gates have T * n positions, q and log_decay T.
         design: the four choices; see `miras.Design`.
         weights: initial dual state A_0, {name: [H, d_in, d_out]}, and slow norm parameters as extra names [H, V].
+            Softmax attention: "keys" [H, N, K] and "values" [H, N, V] of its N persistent tokens, if it has any.
         lr: rates eta >= 0, [B, T, H], or [B, T, H, C] one a channel of the model-width axis.
         log_decay: log alpha <= 0 in nats, [B, T, H] or [B, T, H, C]; None keeps everything.
         gates: what the bias and the learning declare, {name: [B, T, H]}.
@@ -159,9 +161,9 @@ def memorize(
         assert initial_state is None or isinstance(initial_state, AttentionState)
         window = getattr(design.learning, "window", None)
         if cu_seqlens is None:
-            out, final = run_attention(q, k, v, window, initial_state)
+            out, final = run_attention(q, k, v, window, initial_state, weights)
         else:
-            out, final = run_packed(q, k, v, window, initial_state, cu_seqlens)
+            out, final = run_packed(q, k, v, window, initial_state, weights, cu_seqlens)
         return out.to(v.dtype), final if output_final_state else None
     assert lr is not None and (initial_state is None or isinstance(initial_state, MemoryState))
     problem = build_problem(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
@@ -172,6 +174,37 @@ def memorize(
         past = None if initial_state is None else initial_state.map(_tracked)
         out, state = _run(_tracked_problem(problem), chosen, past, cu_seqlens)
     return out.to(v.dtype), state if output_final_state else None
+
+
+def recall(
+    q: Tensor,
+    *,
+    design: Design,
+    weights: Mapping[str, Tensor],
+    state: MemoryState | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """What a memory held at the last window end, read at q [B, T, H, K] and not written: o_t = M(link(a + point); q_t).
+
+    The rest is as in `memorize`, unchecked; without a state the memory is A_0. Outputs [B, T, H, V] in q's dtype.
+    """
+    if cu_seqlens is not None and state is not None:
+        parts = [
+            recall(q[:, start:stop], design=design, weights=weights, state=state.index_select(torch.tensor([row])))
+            for row, (start, stop) in enumerate(pairwise(cu_seqlens.tolist()))
+        ]
+        return torch.cat(parts, dim=1)
+    assert design.memory is not None
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    slow = {name: weights[name].to(dtype).unsqueeze(1) for name in design.slow_names(q.shape[-1]) if name in weights}
+    point = {name: x.to(dtype) for name, x in weights.items() if name not in slow}
+    if state is not None:
+        anchored = design.anchor == "initial"
+        point = {name: _tracked(x) + (point[name] if anchored else 0) for name, x in state.point.items()}
+    with _no_autocast(q.device.type):
+        linked = {name: design.link(x) for name, x in point.items()}
+        out = design.memory(q.to(dtype).transpose(1, 2), lambda name, h: h @ linked[name], slow)
+    return out.transpose(1, 2).to(q.dtype)
 
 
 def _no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from miras.choice import require
@@ -22,18 +23,14 @@ from miras.memory import WeightShape
 
 @dataclass(frozen=True)
 class State:
-    """A batch of recurrent states, one row a sequence; every tensor's first axis is the row."""
+    """A batch of recurrent states, one row a sequence; every tensor's first axis is the row.
+
+    Its fields are tensors, or dictionaries or tuples of them, or states. Counters are integers, and stay on the CPU.
+    """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
         """Apply a function to every tensor."""
-        changed = {}
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Tensor):
-                changed[item.name] = function(value)
-            elif isinstance(value, dict):
-                changed[item.name] = {name: function(tensor) for name, tensor in value.items()}
-        return replace(self, **changed)
+        return replace(self, **{item.name: _mapped(getattr(self, item.name), function) for item in fields(self)})
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""
@@ -50,6 +47,15 @@ class State:
         """Rows picked (and repeated) by index, as beam search does."""
         return self.map(lambda x: x.index_select(0, rows.to(x.device)))
 
+    def put(self, rows: Tensor, new: Self) -> Self:
+        """This state with `new` in the place of some rows."""
+        tensors = iter(new.tensors())
+        return self.map(lambda x: _put(x, rows, next(tensors)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The state on another device (counters stay on the CPU)."""
+        return self.map(lambda x: x.to(device) if x.is_floating_point() else x)
+
     def detach(self) -> Self:
         """The same state, cut off from the graph."""
         return self.map(Tensor.detach)
@@ -65,6 +71,24 @@ class State:
         return sum(x.numel() * x.element_size() for x in self.tensors())
 
 
+def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, State):
+        return value.map(function)
+    if isinstance(value, tuple):
+        return tuple(function(x) for x in cast("tuple[Tensor, ...]", value))
+    return {name: function(x) for name, x in value.items()}
+
+
+def _put(old: Tensor, rows: Tensor, new: Tensor) -> Tensor:
+    # Keys and values of softmax attention are aligned to the right, and may be longer on either side.
+    if old.dim() > 1 and old.shape[1] != new.shape[1]:
+        width = max(old.shape[1], new.shape[1])
+        old, new = (F.pad(x, [0, 0] * (x.dim() - 2) + [width - x.shape[1], 0]) for x in (old, new))
+    return old.index_copy(0, rows.to(old.device), new.to(old.dtype))
+
+
 @dataclass(frozen=True)
 class MemoryState(State):
     """What a parametric memory needs to go on, at any token, in the middle of a window too.
@@ -78,10 +102,6 @@ class MemoryState(State):
     point: dict[str, Tensor]
     phase: Tensor
 
-    def to(self, device: torch.device | str) -> MemoryState:
-        """The state on another device (`phase` stays on the CPU)."""
-        return replace(self.map(lambda x: x.to(device)), phase=self.phase)
-
 
 @dataclass(frozen=True)
 class AttentionState(State):
@@ -91,9 +111,10 @@ class AttentionState(State):
     values: Tensor
     length: Tensor
 
-    def to(self, device: torch.device | str) -> AttentionState:
-        """The state on another device (`length` stays on the CPU)."""
-        return replace(self.map(lambda x: x.to(device)), length=self.length)
+    def trim(self) -> AttentionState:
+        """Without the columns that are real in no row."""
+        start = self.keys.shape[1] - int(self.length.max())
+        return replace(self, keys=self.keys[:, start:].clone(), values=self.values[:, start:].clone())
 
 
 @dataclass(frozen=True)
@@ -201,6 +222,10 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     if not design.parametric:
+        persistent = getattr(design.learning, "persistent", 0)
+        if persistent > 0:
+            _check_persistent(weights, persistent, k, v)
+            weights = {}
         given = [name for name, x in (("weights", weights), ("gates", gates)) if x]
         given += [name for name, x in (("lr", lr), ("log_decay", log_decay)) if x is not None]
         require(not given, f"a non-parametric design has no fast weights and takes no {', '.join(given)}")
@@ -219,6 +244,12 @@ def check_inputs(
     )
     for name, gate in gates.items():
         _check_gate(name, gate, (k.shape[0], steps, k.shape[2]), design, None, None)
+
+
+def _check_persistent(weights: Mapping[str, Tensor], count: int, k: Tensor, v: Tensor) -> None:
+    wanted = {name: (x.shape[2], count, x.shape[3]) for name, x in (("keys", k), ("values", v))}
+    given = {name: tuple(x.shape) for name, x in weights.items()}
+    require(given == wanted, f"weights given: {given or 'none'}; {count} persistent tokens need {wanted}")
 
 
 def check_state(state: State, design: Design, rows: int, k: Tensor, v: Tensor) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from miras.arrangement import make_mixer
 from miras.engine.problem import State
-from miras.layer import LayerCache, MemoryLayer
 from miras.lm.config import MirasConfig
+from miras.mixer import LayerCache
 from miras.modules import TokenShift
 from miras.packing import Packing
 
@@ -36,10 +36,6 @@ class ShiftState(State):
 
     tail: Tensor
 
-    def to(self, device: torch.device | str) -> ShiftState:
-        """The state on another device."""
-        return self.map(lambda x: x.to(device))
-
 
 class ChannelMix(nn.Module):
     """RWKV's MLP: relu(x' key)^2 value, x' = x_t + m (x_{t-1} - x_t). Source: RWKV-7 (arXiv 2503.14456) Sec. 4.2.
@@ -63,15 +59,17 @@ class ChannelMix(nn.Module):
     ) -> Tensor:
         """[B, T, hidden_size], or [1, N, hidden_size] packed, to the same."""
         past = past_key_values.read(self.place) if past_key_values is not None else None
+        assert past is None or isinstance(past, ShiftState)
         rows = packing.rows if packing is not None else None
         here = past if past is None or rows is None else past.index_select(rows)
         uses, tail = self.token_shift(x, None if here is None else here.tail, packing, use_cache)
         if past_key_values is not None and tail is not None:
             num_rows, num_tokens = packing.shape if packing is not None else x.shape[:2]
+            state = ShiftState(tail)
             if rows is not None:
-                old = tail.new_zeros(num_rows, *tail.shape[1:]) if past is None else past.tail
-                tail = old.index_copy(0, rows.to(tail.device), tail)
-            past_key_values.write(self.place, ShiftState(tail), num_tokens)
+                blank = ShiftState(tail.new_zeros(num_rows, *tail.shape[1:]))
+                state = (blank if past is None else past).put(rows, state)
+            past_key_values.write(self.place, state, num_tokens)
         return self.value(F.relu(self.key(uses["key"])).square())
 
 
@@ -88,15 +86,16 @@ class MirasBlock(GradientCheckpointingLayer):
         super().__init__()
         width = config.intermediate_size
         assert width is not None
+        earlier = [part for i in range(layer_idx) for part in config.layer_design(i).parts]
         self.attn_norm = make_norm(config)
-        self.attn = MemoryLayer(
+        self.attn = make_mixer(
+            config.layer_design(layer_idx),
             config.hidden_size,
             config.num_heads,
-            config.layer_design(layer_idx),
             head_dim=config.head_dim,
             norm_eps=config.norm_eps,
             layer_idx=layer_idx,
-            first=not any(config.layer_design(i).inputs.features.shares for i in range(layer_idx)),
+            first=not any(part.inputs.features.shares for part in earlier),
         )
         if config.mlp is not None:
             self.mlp_norm = make_norm(config)

@@ -1,4 +1,4 @@
-"""The generation cache: one state of constant size a layer (softmax attention alone keeps its past tokens)."""
+"""The generation cache: one state of bounded size a layer (softmax attention without a window alone keeps every token)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from miras.layer import LayerState
+from miras.engine.problem import State
 
 _NO_ROLLBACK = (
     "a Miras cache cannot go back to earlier tokens: the memory has learned from them, and its state has a constant "
@@ -24,7 +24,7 @@ class LayerSlot:
     is_initialized = False
 
     def __init__(self) -> None:
-        self.state: LayerState | None = None
+        self.state: State | None = None
         self.num_tokens = 0
 
     def reset(self) -> None:
@@ -59,7 +59,7 @@ class LayerSlot:
 
 
 class MirasCache(Cache):
-    """The states of a model's layers, for `past_key_values`; its size does not depend on the number of tokens seen.
+    """The states of a model's layers, for `past_key_values`; its size does not grow with the number of tokens seen.
 
     One row a sequence, each in its own phase of the refresh window. It does all that `generate` needs but go back to
     earlier tokens (assisted generation). `get_seq_length` counts columns with padding, as Hugging Face's caches do.
@@ -75,11 +75,11 @@ class MirasCache(Cache):
         """The layers' places, by layer index."""
         return self.layers  # type: ignore[return-value]
 
-    def read(self, layer_idx: int) -> LayerState | None:
+    def read(self, layer_idx: int) -> State | None:
         """The state of a layer, None before its first token."""
         return self.slots[layer_idx].state if layer_idx < len(self.layers) else None
 
-    def write(self, layer_idx: int, state: LayerState, num_tokens: int) -> None:
+    def write(self, layer_idx: int, state: State, num_tokens: int) -> None:
         """Keep a layer's state, `num_tokens` columns further on."""
         while len(self.slots) <= layer_idx:
             self.slots.append(LayerSlot())

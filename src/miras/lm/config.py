@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from miras.choice import require, require_one_of
-from miras.design import Design, Pattern, design_from
+from miras.design import LayerDesign, Pattern, design_from
 
 MLP_MULTIPLE = 32
 """The default MLP width is rounded up to a multiple of this."""
@@ -21,7 +21,8 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_di
 class MirasConfig(PretrainedConfig):
     """A language model: `num_hidden_layers` blocks of a memory layer and a SwiGLU MLP, each behind an RMSNorm.
 
-    design                 a Design, a Pattern of designs over the layers, or what their `to_dict` gives (default: Yaad)
+    design                 a Design or an arrangement, a Pattern of them over the layers, or what their `to_dict` gives
+                           (default: Yaad)
     num_heads, head_dim    heads of a layer, and their width (default hidden_size / num_heads)
     intermediate_size      width of the MLP (default 2/3 * hidden_ratio * hidden_size, rounded up to a multiple of 32)
     norm                   "rms" or "layer" (with bias): the norms before each layer and MLP, and the last one
@@ -46,7 +47,7 @@ class MirasConfig(PretrainedConfig):
 
     def __init__(
         self,
-        design: Design | Pattern | Mapping[str, Any] | None = None,
+        design: LayerDesign | Pattern | Mapping[str, Any] | None = None,
         vocab_size: int = 32000,
         hidden_size: int = 768,
         num_hidden_layers: int = 12,
@@ -97,11 +98,11 @@ class MirasConfig(PretrainedConfig):
         super().__init__(**{**shared, **kwargs})
 
     @property
-    def arrangement(self) -> Design | Pattern:
-        """The design or pattern of designs."""
+    def arrangement(self) -> LayerDesign | Pattern:
+        """The design, arrangement or pattern of them."""
         return design_from(self.design)
 
-    def layer_design(self, layer_idx: int) -> Design:
+    def layer_design(self, layer_idx: int) -> LayerDesign:
         """The design of a layer: designs[layer_idx % number of designs]."""
         designs = self.arrangement.designs
         return designs[layer_idx % len(designs)]

@@ -18,10 +18,11 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
-from miras.layer import MemoryLayer, pack_rows
+from miras.layer import MemoryLayer
 from miras.lm.backbone import MirasBlock, make_norm
 from miras.lm.cache import MirasCache
 from miras.lm.config import MirasConfig
+from miras.mixer import pack_rows
 from miras.modules import (
     FastWeights,
     FeatureNumbers,
@@ -33,8 +34,9 @@ from miras.modules import (
     mark_no_weight_decay,
 )
 from miras.packing import Packing
+from miras.persistent import PersistentTokens
 
-OWN = (FastWeights, FeatureNumbers, GateProjection, OutputNorm, ShortConvolution, TokenShift)
+OWN = (FastWeights, FeatureNumbers, GateProjection, OutputNorm, PersistentTokens, ShortConvolution, TokenShift)
 """Modules that know their own initial values."""
 
 IGNORED = -100
@@ -73,7 +75,7 @@ class MirasPreTrainedModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         for module in model.modules():
-            if isinstance(module, (FastWeights, FeatureNumbers, GateProjection, TokenShift)):
+            if isinstance(module, (FastWeights, FeatureNumbers, GateProjection, PersistentTokens, TokenShift)):
                 mark_no_weight_decay(module)
         return loaded
 

@@ -58,6 +58,8 @@ def inspect_memory(model: PreTrainedModel, ids: list[int]) -> Inspection:
     traces: list[LayerTrace] = []
     notes: list[str] = [] if layers else ["this model has no layer that can be inspected"]
     for name, module in layers:
+        if name not in seen:  # A part of a layer that offers it too.
+            continue
         try:
             found = {key: _by_head(value) for key, value in module.inspect(seen[name]).items() if key in MEASURES}
         except (NotImplementedError, ValueError, KeyError) as error:
