@@ -22,8 +22,9 @@ from miras.features import (
     TimeStep,
     WindowRate,
 )
-from miras.inputs import Features, Rotary, Stream
+from miras.inputs import Features, Normalized, Plain, Positive, Rotary, Stream
 from tests.problems import assert_close
+from tests.test_choice import public_classes
 
 B, T, H, K = 2, 5, 3, 4
 
@@ -174,6 +175,45 @@ def test_polynomial() -> None:
     squares = (q**2 * k**2).sum(-1)
     assert_close((made.q * made.k).sum(-1), dot + coefficient**2 * (dot**2 + squares) / 2, tolerance=1e-5)
     assert made.k.shape[-1] == features.widths(K, 3)[0]
+
+
+EVERY: list[Features] = [
+    Plain(),
+    Normalized(values=True),
+    Positive(),
+    Positive(normalizer=True),
+    Rotary(),
+    MiniBatch(length=4),
+    ForgetKeys(0.1),
+    DiagonalImplicit(),
+    Discretized(),
+    InContext(),
+    Polynomial(),
+]
+
+
+@pytest.mark.parametrize("features", EVERY, ids=str)
+def test_declared_facts_are_true(features: Features) -> None:
+    p, shared = numbers(features), {}
+    channels = features.makes_steps > 0
+    s = stream(shared=shared, lr=torch.rand(B, T, H, *([K] if channels else []), dtype=torch.float64))
+    made = features(s, p)
+    assert (made.k.shape[-1], made.v.shape[-1]) == features.widths(K, K)
+    assert made.k.shape[1] == T * max(1, features.makes_steps)
+    assert (made.log_decay is not None) == features.makes_decay
+    wide = any(x is not None and x.dim() == 4 for x in (made.lr, made.log_decay))
+    assert wide == features.per_channel
+    assert set(made.gates) == set(features.supplies)
+    assert bool(shared) == features.shares == bool(features.gates(False))
+    assert features.gates(True) == ()
+    out = normal(B, T, H, features.widths(K, K)[1])
+    normed = torch.equal(features.read(out, made, p, lambda y: 3 * y), 3 * out)
+    assert normed != features.own_read
+
+
+def test_every_feature_map_is_checked() -> None:
+    public = {x for x in public_classes() if issubclass(x, Features)}
+    assert public == {type(x) for x in EVERY}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from miras import bias, learning, memory, retention
 from miras.design import Design
+from miras.features import Discretized
 from miras.inputs import (
     Constant,
     Features,
@@ -196,6 +197,7 @@ def test_features_keep_dtype() -> None:
         (lambda: Inputs(conv_size=-1), "conv_size=-1; must be 0"),
         (lambda: Inputs(activation="gelu"), "activation='gelu'; allowed: 'silu', None"),
         (lambda: Inputs(weight_std=-0.1), "weight_std=-0.1; must not be negative"),
+        (lambda: Inputs(Discretized()), "features Discretized make the decay themselves: leave decay=None"),
         (lambda: Inputs(key_ratio=0.0), "key_ratio=0.0, value_ratio=1.0; must be positive"),
         (lambda: Inputs(key_heads=0), "key_heads=0; must be at least 1"),
         (lambda: Inputs(conv_size=0, conv_bias=True), "conv_bias=True needs a convolution"),

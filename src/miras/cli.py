@@ -1,4 +1,4 @@
-"""The command line: `miras train`, `miras eval`, `miras generate`, `miras report`."""
+"""The command line: `miras train`, `miras eval`, `miras generate`, `miras convert`, `miras report`."""
 
 from __future__ import annotations
 
@@ -95,6 +95,19 @@ def generate(
 
 
 @app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="The folder of a flash-linear-attention checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write the Miras model to.")],
+) -> None:
+    """Turn an fla checkpoint (GLA, RetNet, DeltaNet, Gated DeltaNet, RWKV-7, Mamba2) into a Miras model."""
+    from miras.lm.fla import convert_folder
+
+    _set_up()
+    model = convert_folder(checkpoint, out)
+    print(f"{out}: {model.num_parameters():,} parameters, {model.config.num_hidden_layers} layers")
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Finished run folders, the main one first.")],
     out: Annotated[Path | None, typer.Option(help="The HTML file (default: report.html in the first run).")] = None,
@@ -111,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(arguments) if arguments is not None else None)
     except Exception as error:
         # What the library says to its users are these types and its own; anything else is a bug and keeps its trace.
-        if not isinstance(error, (ValueError, FileNotFoundError, ImportError)) and not _is_ours(error):
+        if not isinstance(error, (ValueError, FileNotFoundError, FileExistsError, ImportError)) and not _is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -124,6 +124,7 @@ class ForgetKeys(Features):
 
     lower_bound: float = 0.0
 
+    makes_decay: ClassVar[bool] = True
     per_channel: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -145,6 +146,7 @@ class DiagonalImplicit(Features):
     whole update. The exact transition is `Envelope(L2())`. Source: Longhorn (arXiv 2407.14207) Eq. 8-9.
     """
 
+    makes_decay: ClassVar[bool] = True
     per_channel: ClassVar[bool] = True
 
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
@@ -160,6 +162,8 @@ class Discretized(Features):
 
     A is uniform in [1, 16] and D is 1 at the start, one each a head. Source: Mamba2 (arXiv 2405.21060) Sec. 2.1 and 7.1.
     """
+
+    makes_decay: ClassVar[bool] = True
 
     def parameters(self, num_heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         return {"A_log": torch.empty(num_heads).uniform_(1, 16).log(), "D": torch.ones(num_heads)}
@@ -183,7 +187,7 @@ class InContext(Features):
     Source: RWKV-7 (arXiv 2503.14456) Sec. 4.1.
     """
 
-    makes_steps: ClassVar[bool] = True
+    makes_steps: ClassVar[int] = 2
     shares: ClassVar[bool] = True
     per_channel: ClassVar[bool] = True
     supplies: ClassVar[tuple[str, ...]] = ("ridge",)

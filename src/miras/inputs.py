@@ -161,14 +161,16 @@ Norm = Callable[[Tensor], Tensor]
 class Features(Choice, abstract=True):
     """What lies between a layer's projections and its memory: a map of q, k, v and gates, and of what is read.
 
-    `scaled` divides q by sqrt(K). Facts: `makes_steps` says that the features make the micro-steps of a token themselves, so
-    that the layer projects one key, value and rate a token; `per_channel` that they make rates or decays per channel;
-    `supplies` names gates of the design that they make, `gates` are those they use up, one number a channel of the values;
-    `shares` that the first layer of their kind hands something on to the later ones.
+    `scaled` divides q by sqrt(K). Facts: `makes_steps` counts the micro-steps of a token that the features make themselves
+    (0: none; the layer then projects one key, value and rate for each); `makes_decay` says that they make the decay,
+    `per_channel` that they make rates or decays per channel; `supplies` names gates of the design that they make, `gates`
+    are those they use up, one number a channel of the values; `shares` that the first layer of their kind hands something
+    on to the later ones.
     """
 
     family: ClassVar[str] = "features"
-    makes_steps: ClassVar[bool] = False
+    makes_steps: ClassVar[int] = 0
+    makes_decay: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     supplies: ClassVar[tuple[str, ...]] = ()
@@ -362,6 +364,10 @@ class Inputs(Choice):
 
     def __post_init__(self) -> None:
         require(self.conv_size >= 0, f"conv_size={self.conv_size}; must be 0 (no convolution) or a width")
+        require(
+            self.decay is None or not self.features.makes_decay,
+            f"features {self.features.kind} make the decay themselves: leave decay=None, got {self.decay!r}",
+        )
         require(self.conv_size > 0 or not self.conv_bias, "conv_bias=True needs a convolution; conv_size is 0")
         require_one_of("activation", self.activation, ("silu", None))
         require(self.weight_std >= 0, f"weight_std={self.weight_std}; must not be negative")

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.choice import Gate, require
+from miras.choice import require
 from miras.design import Design
 from miras.engine import explain, memorize, recall
 from miras.engine.problem import AttentionState, MemoryState, State, build_problem
-from miras.inputs import GATE_ACTIVATIONS, GateMap, Sigmoid, Softplus, Stream
+from miras.inputs import GATE_ACTIVATIONS, GateMap, Stream
 from miras.mixer import Mixer
 from miras.modules import (
     FastWeights,
@@ -22,6 +22,7 @@ from miras.modules import (
     OutputNorm,
     ShortConvolution,
     TokenShift,
+    default_map,
     projection,
 )
 from miras.packing import Packing
@@ -102,6 +103,11 @@ class MemoryLayer(Mixer):
             num_heads % self.key_heads == 0,
             f"key_heads={self.key_heads} must divide num_heads={num_heads}",
         )
+        made, steps = design.inputs.features.makes_steps, design.learning.micro_steps
+        require(
+            made in (0, steps),
+            f"features {design.inputs.features.kind} make {made} steps a token, learning {design.learning} takes {steps}",
+        )
         self._add_projections(norm_eps)
         self._add_features(first)
         if design.parametric:
@@ -114,7 +120,7 @@ class MemoryLayer(Mixer):
     @property
     def _steps(self) -> int:
         """Keys, values and rates that are projected for each token."""
-        return 1 if self.design.inputs.features.makes_steps else self.design.learning.micro_steps
+        return self.design.learning.micro_steps if self.design.inputs.features.makes_steps == 0 else 1
 
     def _add_projections(self, norm_eps: float) -> None:
         inputs, output = self.design.inputs, self.design.inputs.output
@@ -392,11 +398,6 @@ def _width(name: str, ratio: float, head_dim: int) -> int:
         f"{name}={ratio} times head_dim={head_dim} is {ratio * head_dim:g}; it must be a whole number of channels",
     )
     return width
-
-
-def default_map(gate: Gate) -> GateMap:
-    """The map of a gate that the inputs leave out: it starts at the gate's own initial value."""
-    return Softplus(gate.initial) if gate.maximum == float("inf") else Sigmoid(gate.initial, gate.maximum)
 
 
 def _positions(x: Tensor, past: LayerState | None, packing: Packing | None) -> Tensor:

@@ -407,7 +407,8 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
 
 def _hebbian(features: Features, **changes: Any) -> Inputs:
     """Inputs of models that write at a fixed rate and convolve nothing."""
-    return replace(Inputs(features, rate=Constant(1.0), conv_size=0, activation=None, weight_std=0.0), **changes)
+    own: dict[str, Any] = {"rate": Constant(1.0), "conv_size": 0, "activation": None, "weight_std": 0.0}
+    return Inputs(features, **{**own, **changes})
 
 
 def _ungated(negative_eigenvalues: bool) -> Inputs:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.choice import require
-from miras.inputs import GATE_ACTIVATIONS, Features, GateMap, Output
+from miras.choice import Gate, require
+from miras.inputs import GATE_ACTIVATIONS, Features, GateMap, Output, Sigmoid, Softplus
 from miras.memory import Memory
 from miras.packing import Packing
 from miras.retention import Retention
@@ -130,6 +130,11 @@ class GateProjection(nn.Module):
             return self.gate(at_least_float32(self.proj(hidden_states)).view(shape), values)
         place = positions.repeat_interleave(self.steps, 1).view(-1, shape[1], *[1] * len(self.shape))
         return self.gate(place.to(hidden_states.device, _wide(hidden_states.dtype)).expand(shape), values)
+
+
+def default_map(gate: Gate) -> GateMap:
+    """The map of a gate that the inputs leave out: it starts at the gate's own initial value."""
+    return Softplus(gate.initial) if gate.maximum == float("inf") else Sigmoid(gate.initial, gate.maximum)
 
 
 def projection(hidden_size: int, width: int, rank: int | None, between: str | None, bias: bool = False) -> nn.Module:

@@ -7,6 +7,7 @@ tensor must find its place. Only the layout is read: the package itself is not n
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,26 @@ def load_fla(folder: str | Path) -> MirasForCausalLM:
     if not state:
         raise FileNotFoundError(f"no weights in {folder}: neither *.safetensors nor pytorch_model*.bin")
     return from_fla(config, state)
+
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt")
+
+
+def convert_folder(folder: str | Path, out: str | Path) -> MirasForCausalLM:
+    """Write the Miras model of a checkpoint's folder, and the tokenizer that lies in it, to `out`; returns the model.
+
+    Raises:
+        FileExistsError: `out` holds something already.
+        FileNotFoundError, ValueError: as `load_fla`.
+    """
+    out = Path(out)
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; give a new folder")
+    model = load_fla(folder)
+    model.save_pretrained(out)
+    for path in (path for pattern in TOKENIZER_FILES for path in sorted(Path(folder).glob(pattern))):
+        shutil.copy(path, out)
+    return model
 
 
 def _renamed(layout: Layout, state: State) -> dict[str, Tensor]:
