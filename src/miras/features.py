@@ -119,7 +119,7 @@ class MiniBatch(Rotary):
 class ForgetKeys(Features):
     """Tied gates: f = lower_bound + (1 - lower_bound) sigmoid(k) decays the channels, and 1 - f is the key; q is silu(q).
 
-    Source: HGRN2 (arXiv 2404.07904) Eq. 4-6.
+    Source: HGRN2 (arXiv 2404.07904) Sec. 3.
     """
 
     lower_bound: float = 0.0
@@ -143,7 +143,7 @@ class DiagonalImplicit(Features):
     """Longhorn's own step: the implicit update, its transition I - e k^T k replaced by the diagonal 1 - e k^2.
 
     e = eta / (1 + eta ||k||^2) becomes the rate, log(1 - e k^2) the decay of each channel; with a `Dot` bias that is the
-    whole update. The exact transition is `Envelope(L2())`. Source: Longhorn (arXiv 2407.14207) Eq. 8-9.
+    whole update. The exact transition is `Envelope(L2())`. Source: Longhorn (arXiv 2407.14207), diagonal approximation.
     """
 
     makes_decay: ClassVar[bool] = True

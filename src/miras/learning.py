@@ -180,7 +180,7 @@ class OmegaMuon(Muon):
     """Muon on the sum of the last `window` gradients.
 
     S_t = mu_t S_{t-1} - sum_{i = t-window+1}^{t} eta_i G_i; S enters D as in `Muon`.
-    Source: Atlas (arXiv 2505.23735) Eq. 32-33, with the gradients of past tokens kept as they were taken.
+    Source: Atlas (arXiv 2505.23735), its Muon update, with the gradients of past tokens kept as they were taken.
     """
 
     window: int = 4

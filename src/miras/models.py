@@ -163,7 +163,7 @@ def omeganet(window: int = 4, **overrides: Any) -> Design:
 
 
 def atlas(window: int = 4, **overrides: Any) -> Design:
-    """Atlas: OmegaNet whose momentum enters the memory orthogonalised (Muon). Source: Atlas (arXiv 2505.23735) Eq. 32-33."""
+    """Atlas: OmegaNet whose momentum enters the memory orthogonalised. Source: Atlas (arXiv 2505.23735), its Muon update."""
     base = omeganet(window, learning=OmegaMuon(window=window), inputs=deep_inputs(0.5 / window, features=Polynomial()))
     return replace(base, **overrides)
 
@@ -221,7 +221,7 @@ def gated_deltaproduct(n: int = 2, negative_eigenvalues: bool = True, **override
 def longhorn(**overrides: Any) -> Design:
     """Longhorn: matrix memory, the implicit step on the L2 loss, rate eta / (1 + eta ||k||^2), nothing else forgotten.
 
-    Source: Longhorn (arXiv 2407.14207) Theorem 3.1, with one rate a head and its exact transition.
+    Source: Longhorn (arXiv 2407.14207), closed-form update, with one rate a head and its exact transition.
     """
     return replace(_online(Envelope(L2()), Inputs(Plain(), decay=None, weight_std=0.0)), **overrides)
 
@@ -229,7 +229,7 @@ def longhorn(**overrides: Any) -> Design:
 def longhorn_diagonal(**overrides: Any) -> Design:
     """Longhorn as it is run in its paper: the transition I - e k^T k replaced by its diagonal, 1 - e k^2 a channel.
 
-    Source: Longhorn (arXiv 2407.14207) Sec. 3.2.
+    Source: Longhorn (arXiv 2407.14207), diagonal approximation.
     """
     return replace(_online(Dot(), Inputs(DiagonalImplicit(), decay=None, weight_std=0.0)), **overrides)
 
@@ -308,7 +308,7 @@ def mamba2(**overrides: Any) -> Design:
 
 
 def hgrn2(lower_bound: float = 0.0, **overrides: Any) -> Design:
-    """HGRN2: a decay f a channel, whose key is 1 - f. Source: HGRN2 (arXiv 2404.07904) Eq. 4-6.
+    """HGRN2: a decay f a channel, whose key is 1 - f. Source: HGRN2 (arXiv 2404.07904) Sec. 3.
 
     The paper learns rising lower bounds of f over the layers; here each layer has its own, fixed: a `Pattern` of this
     function's designs gives them a rise.
