@@ -26,7 +26,8 @@ class GateMap(Choice, abstract=True):
     """A gate as a function of a linear projection x of the hidden state, one number per head or per channel.
 
     Facts: `projected` is False when the gate does not depend on the hidden state. `per_channel` asks for C numbers a head
-    instead of one, `rank` for a low-rank projection (None: full).
+    instead of one, `rank` for a low-rank projection (None: full). Its `symbols` are the gate in terms of x and its
+    parameters.
     """
 
     family: ClassVar[str] = "gate map"
@@ -52,6 +53,10 @@ class Constant(GateMap):
 
     projected: ClassVar[bool] = False
 
+    @property
+    def symbols(self) -> str:
+        return f"{self.value:g}"
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {}
 
@@ -72,6 +77,10 @@ class Sigmoid(GateMap):
             f"Sigmoid initial={self.initial}, maximum={self.maximum}; needs 0 < initial < maximum",
         )
 
+    @property
+    def symbols(self) -> str:
+        return ("" if self.maximum == 1 else f"{self.maximum:g} ") + "sigmoid(x + bias)"
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         ratio = self.initial / self.maximum
         return {"bias": torch.full(shape, math.log(ratio / (1 - ratio)))}
@@ -89,6 +98,10 @@ class Softplus(GateMap):
 
     def __post_init__(self) -> None:
         require(self.initial > 0, f"Softplus initial={self.initial}; must be positive")
+
+    @property
+    def symbols(self) -> str:
+        return "softplus(x + bias)"
 
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"bias": torch.full(shape, _inverse_softplus(self.initial))}
@@ -112,6 +125,10 @@ class LogDecay(GateMap):
         require(self.horizon > 0, f"LogDecay horizon={self.horizon}; must be a positive number of tokens")
         require(self.temperature > 0, f"LogDecay temperature={self.temperature}; must be positive")
 
+    @property
+    def symbols(self) -> str:
+        return "log(sigmoid(x + bias))" + ("" if self.temperature == 1 else f" / {self.temperature:g}")
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         log_alpha = -self.temperature / self.horizon
         return {"bias": torch.full(shape, log_alpha - math.log(-math.expm1(log_alpha)))}
@@ -128,6 +145,10 @@ class MambaDecay(GateMap):
     Source: Mamba2 (arXiv 2405.21060) and Gated DeltaNet (arXiv 2412.06464).
     """
 
+    @property
+    def symbols(self) -> str:
+        return "-exp(A_log) softplus(x + dt_bias)"
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         rate = torch.empty(shape).uniform_(1, 16)
         dt = torch.empty(shape).uniform_(math.log(0.001), math.log(0.1)).exp().clamp_min(1e-4)
@@ -140,9 +161,13 @@ class MambaDecay(GateMap):
 
 @dataclass(frozen=True)
 class Features(Choice, abstract=True):
-    """What happens to q, k and v after their projection (and convolution)."""
+    """What happens to q, k and v after their projection (and convolution).
+
+    Facts: `decays` says that they make the decay too. Their `symbols` are "q, k, v <- ..." with those three's new values.
+    """
 
     family: ClassVar[str] = "features"
+    decays: ClassVar[bool] = False
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Map q, k, v [B, T, H, D], `positions` [B, T] counting from the start of each sequence."""
@@ -158,6 +183,10 @@ class Normalized(Features):
 
     values: bool = False
 
+    @property
+    def symbols(self) -> str:
+        return "q, k, v <- q / ||q||, k / ||k||, " + ("v / ||v||" if self.values else "v")
+
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return _unit(q), _unit(k), _unit(v) if self.values else v
 
@@ -165,6 +194,10 @@ class Normalized(Features):
 @dataclass(frozen=True)
 class Positive(Features):
     """Feature map of linear attention: 1 + elu(x), scaled by 1 / sqrt(D). Source: Katharopoulos et al. 2020, Eq. 7."""
+
+    @property
+    def symbols(self) -> str:
+        return "q, k, v <- (1 + elu(q)) / sqrt(K), (1 + elu(k)) / sqrt(K), v"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = q.shape[-1] ** -0.5
@@ -176,6 +209,11 @@ class Rotary(Features):
     """Rotary position embedding of q and k, halves rotated against each other. Source: RoFormer (arXiv 2104.09864)."""
 
     theta: float = 10000.0
+
+    @property
+    def symbols(self) -> str:
+        turned = "by angles t {theta}^(-2 i / K), pair i of the halves".format(theta=f"{self.theta:g}")
+        return f"q, k, v <- turn_t(q), turn_t(k), v; turn_t {turned}"
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         half = q.shape[-1] // 2

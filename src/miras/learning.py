@@ -28,6 +28,7 @@ class Learning(Choice, abstract=True):
 
     Facts: `slots` counts the matrices of its state; `chained` says that `chain` describes it; `settles` that the slots
     change at window ends; `micro_steps` counts gradient steps a token; `parametric` is False when it keeps no weights.
+    Its `symbols` are the slots' updates, D_t last.
     """
 
     family: ClassVar[str] = "learning"
@@ -68,6 +69,10 @@ class Learning(Choice, abstract=True):
 class GradientDescent(Learning):
     """Online gradient descent: D_t = alpha_t D_{t-1} - eta_t G_t. Source: Miras Sec. 3, Eq. 5."""
 
+    @property
+    def symbols(self) -> str:
+        return "D_t = alpha_t D_{t-1} + u_t"
+
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         return (decay * z[0] + u,)
 
@@ -88,6 +93,10 @@ class Momentum(Learning):
     @property
     def slots(self) -> int:
         return 2
+
+    @property
+    def symbols(self) -> str:
+        return "S_t = mu_t S_{t-1} + u_t\nD_t = alpha_t D_{t-1} + S_t"
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -118,6 +127,12 @@ class MultiStep(Learning):
     def micro_steps(self) -> int:
         return self.n
 
+    @property
+    def symbols(self) -> str:
+        steps = [f"u_t{j}" for j in range(1, self.n + 1)]
+        shown = steps if self.n <= 3 else [steps[0], "..", steps[-1]]
+        return f"D_t = alpha_t D_{{t-1}} + {' + '.join(shown)}"
+
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         return (decay * z[0] + u,)
 
@@ -143,6 +158,12 @@ class Omega(Learning):
     def slots(self) -> int:
         return self.window
 
+    @property
+    def symbols(self) -> str:
+        past = [f" + u_{{t-{i}}}" for i in range(1, self.window)]
+        shown = past if self.window <= 3 else [" + ..", past[-1]]
+        return f"D_t = alpha_t D_{{t-1}} + u_t{''.join(shown)}"
+
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         total = decay * z[0] + u
         for past in z[1:]:
@@ -167,6 +188,12 @@ class Muon(Momentum):
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"Muon steps={self.steps}; must be at least 1 Newton-Schulz iteration")
 
+    @property
+    def symbols(self) -> str:
+        momentum, plain = super().symbols.splitlines()
+        whole = "D_t = alpha_t D_{t-1} + ||S_t|| NS(S_t) / sqrt(min(d_in, d_out))"
+        return f"{momentum}\n{plain} inside a window\n{whole} at its end"
+
     def settle(self, z: Slots) -> Slots:
         return (z[0] - z[1] + orthogonalize(z[1], self.steps), z[1])
 
@@ -185,6 +212,11 @@ class NonParametric(Learning):
 
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 1, f"NonParametric window={self.window}; must be at least 1")
+
+    @property
+    def symbols(self) -> str:
+        seen = "i <= t" if self.window is None else f"t - {self.window} < i <= t"
+        return f"o_t = sum_i softmax_i(<q_t, k_i> / sqrt(K)) v_i, {seen}"
 
 
 def orthogonalize(x: Tensor, steps: int) -> Tensor:

@@ -42,7 +42,8 @@ class WeightShape(NamedTuple):
 class Memory(Choice, abstract=True):
     """An architecture M(W; x) of fast weights.
 
-    Facts: `linear` means that M is x @ W with a single weight, so that predictions are linear in W.
+    Facts: `linear` means that M is x @ W with a single weight, so that predictions are linear in W. Its `symbols` are
+    M in terms of x and its weights, "x W" being a matrix product and "*" one by coordinates.
     """
 
     family: ClassVar[str] = "memory"
@@ -70,6 +71,10 @@ class Matrix(Memory):
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         return {"W": WeightShape(key_dim, value_dim, 0)}
 
+    @property
+    def symbols(self) -> str:
+        return "x W"
+
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         return linear("W", x)
 
@@ -81,6 +86,10 @@ class Vector(Memory):
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         _require_square(self, key_dim, value_dim)
         return {"w": WeightShape(1, value_dim, 1)}
+
+    @property
+    def symbols(self) -> str:
+        return "x * w"
 
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         return x * linear("w", torch.ones_like(x[..., :1]))
@@ -125,6 +134,14 @@ class MLP(Memory):
             return {}
         return {"norm.weight": 1.0, "norm.bias": 0.0}
 
+    @property
+    def symbols(self) -> str:
+        y = "x up"
+        for i in range(1, self.depth):
+            y = f"{self.activation}({y}) " + ("down" if i == self.depth - 1 else f"hidden{i}")
+        y = {"layer": f"LN({y})", "rms": f"RMS({y})", None: y}[self.norm]
+        return f"x + {y}" if self.residual else y
+
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         act = ACTIVATIONS[self.activation]
         y = linear("up", x)
@@ -150,6 +167,10 @@ class GatedMLP(Memory):
 
     def __post_init__(self) -> None:
         require(self.expansion > 0, f"GatedMLP expansion={self.expansion}; must be positive (hidden width / value width)")
+
+    @property
+    def symbols(self) -> str:
+        return "(silu(x gate) * (x up)) down"
 
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         width = max(1, round(self.expansion * value_dim))
