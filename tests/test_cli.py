@@ -54,6 +54,28 @@ def test_train_eval_generate_report(recipe_file: Path, tmp_path: Path) -> None:
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
 
 
+def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = RUNNER.invoke(app, ["table", "--head-dim", "32"], catch_exceptions=False)
+    assert re.search(r"gated_deltanet +Matrix +L2 +L2 +a head +GradientDescent +1, decayed +d\^2 +1,024 ", shown.output)
+    page = RUNNER.invoke(app, ["table", "--markdown"], catch_exceptions=False)
+    assert page.output.startswith("| model | memory | bias |")
+    assert "| `deltanet` | Matrix | L2 | none |" in page.output
+
+
+def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    arguments = ["explain", "yaad", "refresh=64", "bias.kind=Lp", "inputs.conv_size=0"]
+    shown = RUNNER.invoke(app, arguments, catch_exceptions=False).output
+    assert "  loss         l_t = 1/3 sum |e_t|^3\n" in shown
+    assert "the window of 64" in shown
+    assert "each silu(proj(x_t))" in shown
+    assert "  not triangular   refresh=64: gradients stand still" in shown
+    hybrid = RUNNER.invoke(app, ["explain", "yaad_h", "--head-dim", "8"], catch_exceptions=False).output
+    assert "Layer 2/2" in hybrid
+    assert "A head of 8 channels" in hybrid
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -64,6 +86,11 @@ def test_train_eval_generate_report(recipe_file: Path, tmp_path: Path) -> None:
         (["eval", "nowhere"], "no model in nowhere"),
         (["generate", "nowhere"], "no model in nowhere"),
         (["report", "nowhere"], "holds no finished run"),
+        (["explain", "yad"], "no model 'yad'"),
+        (["explain", "yad"], "did you mean 'yaad'?"),
+        (["explain", "yaad", "refresh"], "override 'refresh' is not of the form key=value"),
+        (["explain", "yaad", "bias.kind=Hubr"], "did you mean 'Huber'?"),
+        (["explain", "yaad", "refreshh=1"], "a design has memory, bias"),
     ],
 )
 def test_errors_are_one_message(
@@ -79,5 +106,5 @@ def test_errors_are_one_message(
 
 def test_help_names_the_commands() -> None:
     shown = subprocess.run([sys.executable, "-m", "miras.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "eval", "generate", "report"):
+    for command in ("train", "eval", "generate", "report", "table", "explain"):
         assert command in shown.stdout

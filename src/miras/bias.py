@@ -6,6 +6,7 @@ With e = y - v. A bias gives its `loss`; the engine differentiates it unless a c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -13,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from miras.choice import Choice, Gate, require, require_one_of
+from miras.choice import Choice, Gate, exponent, quotient, require, require_one_of
 
 Gates = Mapping[str, Tensor]
 
@@ -30,7 +31,7 @@ class Bias(Choice, abstract=True):
 
     Facts: `slope` says how the gradient depends on y: "constant" (not at all), "affine" (c_t (y - y0_t) with one
     number c_t >= 0 a token) or "general". `implicit` means that it reads the gate "smoothing" = eta_t ||k_t||^2,
-    which the engine supplies.
+    which the engine supplies. Its `symbols` are the loss "l = ..." and the gradient "g = ..." in y, v and e = y - v.
     """
 
     family: ClassVar[str] = "bias"
@@ -74,6 +75,10 @@ class Dot(Bias):
 
     slope: ClassVar[Literal["constant", "affine", "general"]] = "constant"
 
+    @property
+    def symbols(self) -> str:
+        return "l = -<y, v>\ng = -v"
+
     def loss(self, y: Tensor, v: Tensor, gates: Gates) -> Tensor:
         return -(y * v).sum(-1)
 
@@ -89,6 +94,10 @@ class L2(Bias):
     """Regression: l = 1/2 ||e||^2, gradient e (delta rule). Source: Miras Sec. 4, Eq. 8."""
 
     slope: ClassVar[Literal["constant", "affine", "general"]] = "affine"
+
+    @property
+    def symbols(self) -> str:
+        return "l = 1/2 ||e||^2\ng = e"
 
     def loss(self, y: Tensor, v: Tensor, gates: Gates) -> Tensor:
         return 0.5 * (y - v).square().sum(-1)
@@ -109,6 +118,10 @@ class RidgeDot(Bias):
     """
 
     slope: ClassVar[Literal["constant", "affine", "general"]] = "affine"
+
+    @property
+    def symbols(self) -> str:
+        return "l = 1/2 ridge_t ||y||^2 - <y, v>\ng = ridge_t y - v"
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -137,6 +150,10 @@ class Lp(Bias):
     def __post_init__(self) -> None:
         require(self.p >= 1, f"Lp p={self.p}; must be at least 1 for the loss to be convex")
 
+    @property
+    def symbols(self) -> str:
+        return f"l = {quotient(1, self.p)} sum |e|{exponent(self.p)}\ng = sign(e) |e|{exponent(self.p - 1)}"
+
     def loss(self, y: Tensor, v: Tensor, gates: Gates) -> Tensor:
         return ((y - v).square() + LP_EPS).pow(self.p / 2).sum(-1) / self.p
 
@@ -160,6 +177,16 @@ class Huber(Bias):
 
     def __post_init__(self) -> None:
         require_one_of("Huber form", self.form, ("coordinate", "norm", "switch"))
+
+    @property
+    def symbols(self) -> str:
+        return {
+            "coordinate": "l = sum (1/2 e^2 if |e| <= delta_t else delta_t |e| - 1/2 delta_t^2)\n"
+            "g = min(max(e, -delta_t), delta_t)",
+            "norm": "l = 1/2 ||e||^2 if ||e|| <= delta_t else delta_t ||e|| - 1/2 delta_t^2\ng = e min(1, delta_t / ||e||)",
+            "switch": "l = 1/2 ||e||^2 if ||e|| <= delta_t else delta_t sum |e|\n"
+            "g = e if ||e|| <= delta_t else delta_t sign(e)",
+        }[self.form]
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -206,6 +233,10 @@ class Robust(Bias):
     """
 
     @property
+    def symbols(self) -> str:
+        return "l = 1/2 ||e||^2 + Delta_t ||e||\ng = e + Delta_t e / ||e||"
+
+    @property
     def gates(self) -> tuple[Gate, ...]:
         return (Gate("Delta", initial=0.1),)
 
@@ -243,6 +274,12 @@ class Envelope(Bias):
             f"Envelope needs a bias with a proximal map; {getattr(self.bias, 'kind', self.bias)!r} gives none "
             "(Dot, L2, Huber('coordinate' or 'norm') and Robust do)",
         )
+
+    @property
+    def symbols(self) -> str:
+        inner = self.bias.symbols.partition("\n")[0].removeprefix("l = ") or "b(p, v)"
+        inner = re.sub(r"\by\b", "p", re.sub(r"\be\b", "p - v", re.sub(r"(?<!\|)\be\b(?!\|)", "(p - v)", inner)))
+        return f"l = min_p ({inner}) + ||p - y||^2 / (2 s_t)\ng = (y - p) / s_t\ns_t = eta_t ||k_t||^2"
 
     @property
     def slope(self) -> Literal["constant", "affine", "general"]:  # type: ignore[override]

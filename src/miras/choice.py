@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any, ClassVar, Self
 
 _REGISTRY: dict[str, dict[str, type[Choice]]] = {}
@@ -43,6 +44,11 @@ class Choice:
     def kind(self) -> str:
         """Name under which the choice is serialised: its class name."""
         return type(self).__name__
+
+    @property
+    def symbols(self) -> str:
+        """Its formula in ASCII with its numbers filled in, a line an equation (see `miras.describe`); empty without one."""
+        return ""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary: `kind` plus the fields."""
@@ -109,6 +115,17 @@ def _decode(value: Any) -> Any:
 def _closest(name: Any, known: Any) -> str:
     near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def quotient(a: float, b: float = 1.0) -> str:
+    """a / b for a formula, as a fraction: quotient(2, 4) is "1/2"."""
+    return str((Fraction(a) / Fraction(b)).limit_denominator(1000))
+
+
+def exponent(a: float, b: float = 1.0) -> str:
+    """The power a / b for a formula: "^2" or "^(1/2)"."""
+    shown = quotient(a, b)
+    return f"^({shown})" if "/" in shown else f"^{shown}"
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `miras train`, `miras eval`, `miras generate`, `miras convert`, `miras report`."""
+"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `table` and `explain`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ app = typer.Typer(
 )
 
 Checkpoint = Annotated[Path, typer.Argument(help="A run folder, a checkpoint in it, or any saved model folder.")]
+
+
+HeadDim = Annotated[int, typer.Option(help="Channels of the head whose sizes are given.", min=1)]
 
 
 @app.command()
@@ -116,6 +119,42 @@ def report(
     _set_up()
     others = sorted(path.parent for path in runs[0].glob("compare/*/result.json"))
     _write_report([*runs, *(path for path in others if path not in runs)], out or runs[0] / "report.html")
+
+
+@app.command()
+def table(
+    head_dim: HeadDim = 64,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print GitHub Markdown.")] = False,
+) -> None:
+    """Print every named model as its four choices, with its state, its FLOPs a token and the path that runs it."""
+    from rich.console import Console
+
+    from miras.table import markdown, rows, terminal
+
+    if as_markdown:
+        print(markdown(rows(head_dim)))
+        return
+    console = Console()
+    console.print(terminal(rows(head_dim), head_dim, console.width))
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="A named model, for example yaad.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example refresh=64 bias.kind=Lp.")] = None,
+    head_dim: HeadDim = 64,
+) -> None:
+    """Print a model's recurrence in symbols with its sources, the path that runs it and why faster ones refuse."""
+    from rich.console import Console
+
+    from miras.describe import describe_named
+    from miras.train.config import read_overrides
+
+    console = Console()
+    text = describe_named(model, read_overrides(overrides or []), head_dim, console.width)
+    for line in text.splitlines():
+        style = "dim" if line.lstrip().startswith("Source:") else "" if line.startswith(" ") else "bold"
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

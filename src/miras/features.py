@@ -39,6 +39,11 @@ class FixedDecay(GateMap):
         require(self.scale > 0, f"FixedDecay scale={self.scale}; must be positive")
         require(not self.per_channel, "FixedDecay is one number a head; leave per_channel=False")
 
+    @property
+    def symbols(self) -> str:
+        scale = "" if self.scale == 1 else f"{self.scale:g} "
+        return f"{scale}log(1 - 2^(-5 - h))" if self.schedule == "retnet" else f"-{scale}2^(-8 (h + 1) / H)"
+
     def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         num_heads = x.shape[-1]
         head = torch.arange(num_heads, device=x.device, dtype=x.dtype)
@@ -56,6 +61,10 @@ class BoundedDecay(GateMap):
     Source: RWKV-7 (arXiv 2503.14456) Sec. 4.1; the spread is that of its published code in the middle of the network.
     """
 
+    @property
+    def symbols(self) -> str:
+        return "-exp(-1/2) sigmoid(x + bias)"
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         size = math.prod(shape)
         place = torch.arange(size) / max(1, size - 1)
@@ -68,6 +77,10 @@ class BoundedDecay(GateMap):
 @dataclass(frozen=True)
 class TimeStep(GateMap):
     """dt = softplus(x + dt_bias), log-uniform in [0.001, 0.1] at x = 0. Source: Mamba2 (arXiv 2405.21060) Sec. 7.1."""
+
+    @property
+    def symbols(self) -> str:
+        return "softplus(x + dt_bias)"
 
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"dt_bias": initial_time_steps(shape)}
@@ -90,6 +103,10 @@ class WindowRate(GateMap):
     def __post_init__(self) -> None:
         require(self.length >= 1, f"WindowRate length={self.length}; must be the design's refresh, at least 1")
 
+    @property
+    def symbols(self) -> str:
+        return f"max(0, 1 / (j + 1) + shift_j), j = t mod {self.length}"
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"shift": torch.zeros(self.length)}
 
@@ -109,6 +126,10 @@ class MiniBatch(Rotary):
 
     def __post_init__(self) -> None:
         require(self.length >= 1, f"MiniBatch length={self.length}; must be the design's refresh, at least 1")
+
+    @property
+    def symbols(self) -> str:
+        return super().symbols.replace("angles t", f"angles (t mod {self.length})") + "\neta_t <- eta_t / K"
 
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         assert s.lr is not None
@@ -130,6 +151,11 @@ class ForgetKeys(Features):
     def __post_init__(self) -> None:
         require(0 <= self.lower_bound < 1, f"ForgetKeys lower_bound={self.lower_bound}; must be in [0, 1)")
 
+    @property
+    def symbols(self) -> str:
+        b = f"{self.lower_bound:g} + {1 - self.lower_bound:g} " if self.lower_bound > 0 else ""
+        return f"q, k, v <- silu(q), 1 - f_t, v\nlog alpha_t <- log(f_t)\nf_t = {b}sigmoid(k)"
+
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         x = s.k.to(torch.promote_types(s.k.dtype, torch.float32))
         rest = 1 - self.lower_bound
@@ -149,6 +175,11 @@ class DiagonalImplicit(Features):
     makes_decay: ClassVar[bool] = True
     per_channel: ClassVar[bool] = True
 
+    @property
+    def symbols(self) -> str:
+        rate, decay = "eta_t <- eta_t / (1 + eta_t ||k||^2)", "log alpha_t <- log(1 - eta_t k^2), with the new eta_t"
+        return f"q, k, v <- q, k, v\n{rate}\n{decay}"
+
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         assert s.lr is not None
         k = s.k.to(s.lr.dtype)
@@ -164,6 +195,10 @@ class Discretized(Features):
     """
 
     makes_decay: ClassVar[bool] = True
+
+    @property
+    def symbols(self) -> str:
+        return "q, k, v <- q, k, v\nlog alpha_t <- -exp(A_log) eta_t\no <- o + D v"
 
     def parameters(self, num_heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         return {"A_log": torch.empty(num_heads).uniform_(1, 16).log(), "D": torch.ones(num_heads)}
@@ -194,6 +229,13 @@ class InContext(Features):
 
     def gates(self, first: bool) -> tuple[Gate, ...]:
         return () if first else (Gate("residual", initial=0.5, maximum=1.0),)
+
+    @property
+    def symbols(self) -> str:
+        step = "k, v, eta, ridge <- "
+        first = f"{step}k * k_k / ||k * k_k||, 0, eta_t, 1 for the first step"
+        second = f"{step}k * (1 + (eta_t - 1) * k_a), v, 1, 0 for the second"
+        return f"{first}\n{second}\no <- norm(o) + <q, k * r_k> v, with the second step's k"
 
     def parameters(self, num_heads: int, key_dim: int, value_dim: int) -> dict[str, Tensor]:
         shape = (num_heads, key_dim)
@@ -229,6 +271,11 @@ class Polynomial(Features):
     c starts at 1/2!. The keys of a head of width d then have d + d (d + 1) / 2 numbers.
     Source: Atlas (arXiv 2505.23735) Sec. 3.1, degree 2.
     """
+
+    @property
+    def symbols(self) -> str:
+        products = "coefficient x_i x_j for i <= j"
+        return f"q, k, v <- poly(q / ||q||), poly(k / ||k||), v / ||v||; poly(x) = [x, {products}]"
 
     def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
         return key_dim + key_dim * (key_dim + 1) // 2, value_dim

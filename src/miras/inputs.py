@@ -28,6 +28,7 @@ class GateMap(Choice, abstract=True):
 
     Facts: `projected` is False when the gate depends on a token's position only. `per_channel` asks for C numbers a head
     instead of one, `rank` for a low-rank projection (None: full), `between` for an activation in the middle of it.
+    Its `symbols` are the gate in terms of x and its parameters.
     """
 
     family: ClassVar[str] = "gate map"
@@ -54,6 +55,10 @@ class Constant(GateMap):
 
     projected: ClassVar[bool] = False
 
+    @property
+    def symbols(self) -> str:
+        return f"{self.value:g}"
+
     def __call__(self, x: Tensor, p: Mapping[str, Tensor]) -> Tensor:
         return torch.full_like(x, self.value)
 
@@ -71,6 +76,10 @@ class Sigmoid(GateMap):
             f"Sigmoid initial={self.initial}, maximum={self.maximum}; needs 0 < initial < maximum",
         )
 
+    @property
+    def symbols(self) -> str:
+        return ("" if self.maximum == 1 else f"{self.maximum:g} ") + "sigmoid(x + bias)"
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         ratio = self.initial / self.maximum
         return {"bias": torch.full(shape, math.log(ratio / (1 - ratio)))}
@@ -87,6 +96,10 @@ class Softplus(GateMap):
 
     def __post_init__(self) -> None:
         require(self.initial > 0, f"Softplus initial={self.initial}; must be positive")
+
+    @property
+    def symbols(self) -> str:
+        return "softplus(x + bias)"
 
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         return {"bias": torch.full(shape, _inverse_softplus(self.initial))}
@@ -109,6 +122,10 @@ class LogDecay(GateMap):
         require(self.horizon > 0, f"LogDecay horizon={self.horizon}; must be a positive number of tokens")
         require(self.temperature > 0, f"LogDecay temperature={self.temperature}; must be positive")
 
+    @property
+    def symbols(self) -> str:
+        return "log(sigmoid(x + bias))" + ("" if self.temperature == 1 else f" / {self.temperature:g}")
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         log_alpha = -self.temperature / self.horizon
         return {"bias": torch.full(shape, log_alpha - math.log(-math.expm1(log_alpha)))}
@@ -124,6 +141,10 @@ class MambaDecay(GateMap):
     Per channel dt_bias is too, A_log stays one a head.
     Source: Gated DeltaNet (arXiv 2412.06464), after Mamba2; per channel Kimi Linear (arXiv 2510.26692) Sec. 3.
     """
+
+    @property
+    def symbols(self) -> str:
+        return "-exp(A_log) softplus(x + dt_bias)"
 
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         rate = torch.empty(shape[0], *[1] * (len(shape) - 1)).uniform_(1, 16)
@@ -165,7 +186,7 @@ class Features(Choice, abstract=True):
     (0: none; the layer then projects one key, value and rate for each); `makes_decay` says that they make the decay,
     `per_channel` that they make rates or decays per channel; `supplies` names gates of the design that they make, `gates`
     are those they use up, one number a channel of the values; `shares` that the first layer of their kind hands something
-    on to the later ones.
+    on to the later ones. Their `symbols` are "q, k, v <- ..." with those three's new values, then what else they make.
     """
 
     family: ClassVar[str] = "features"
@@ -207,6 +228,10 @@ class Features(Choice, abstract=True):
 class Plain(Features):
     """q, k and v as they are."""
 
+    @property
+    def symbols(self) -> str:
+        return "q, k, v <- q, k, v"
+
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         return s
 
@@ -219,6 +244,10 @@ class Normalized(Features):
     """
 
     values: bool = False
+
+    @property
+    def symbols(self) -> str:
+        return "q, k, v <- q / ||q||, k / ||k||, " + ("v / ||v||" if self.values else "v")
 
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         return replace(s, q=unit(s.q), k=unit(s.k), v=unit(s.v) if self.values else s.v)
@@ -248,6 +277,12 @@ class Positive(Features):
     def own_read(self) -> bool:
         return self.normalizer
 
+    @property
+    def symbols(self) -> str:
+        f = {"elu": "1 + elu", "relu": "relu", "exp": "exp"}[self.map]
+        text = f"q, k, v <- ({f}(q)) / sqrt(K), ({f}(k)) / sqrt(K), " + ("[v, 1]" if self.normalizer else "v")
+        return f"{text}\no <- o_v / (o_1 + {NORMALIZER_EPS:g})" if self.normalizer else text
+
     def widths(self, key_dim: int, value_dim: int) -> tuple[int, int]:
         return key_dim, value_dim + int(self.normalizer)
 
@@ -265,6 +300,11 @@ class Rotary(Features):
     """Rotary position embedding of q and k, halves rotated against each other. Source: RoFormer (arXiv 2104.09864)."""
 
     theta: float = 10000.0
+
+    @property
+    def symbols(self) -> str:
+        turned = f"by angles t {self.theta:g}^(-2 i / K), pair i of the halves"
+        return f"q, k, v <- turn_t(q), turn_t(k), v; turn_t {turned}"
 
     def __call__(self, s: Stream, p: Mapping[str, Tensor]) -> Stream:
         half = s.q.shape[-1] // 2

@@ -30,7 +30,7 @@ class Learning(Choice, abstract=True):
 
     Facts: `slots` counts the matrices of its state; `linear` says that `system` describes it between window ends;
     `settles` that the slots change at window ends; `micro_steps` counts gradient steps a token; `parametric` is False
-    when it keeps no weights.
+    when it keeps no weights. Its `symbols` are the slots' updates, D_t last.
     """
 
     family: ClassVar[str] = "learning"
@@ -72,6 +72,10 @@ class Learning(Choice, abstract=True):
 class GradientDescent(Learning):
     """Online gradient descent: D_t = alpha_t D_{t-1} - eta_t G_t. Source: Miras Sec. 3, Eq. 5."""
 
+    @property
+    def symbols(self) -> str:
+        return "D_t = alpha_t D_{t-1} + u_t"
+
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         return (decay * z[0] + u,)
 
@@ -92,6 +96,10 @@ class Momentum(Learning):
     @property
     def slots(self) -> int:
         return 2
+
+    @property
+    def symbols(self) -> str:
+        return "S_t = mu_t S_{t-1} + u_t\nD_t = alpha_t D_{t-1} + S_t"
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -122,6 +130,12 @@ class MultiStep(Learning):
     def micro_steps(self) -> int:
         return self.n
 
+    @property
+    def symbols(self) -> str:
+        steps = [f"u_t{j}" for j in range(1, self.n + 1)]
+        shown = steps if self.n <= 3 else [steps[0], "..", steps[-1]]
+        return f"D_t = alpha_t D_{{t-1}} + {' + '.join(shown)}"
+
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         return (decay * z[0] + u,)
 
@@ -144,6 +158,12 @@ class Omega(Learning):
     @property
     def slots(self) -> int:
         return self.window
+
+    @property
+    def symbols(self) -> str:
+        past = [f" + u_{{t-{i}}}" for i in range(1, self.window)]
+        shown = past if self.window <= 3 else [" + ..", past[-1]]
+        return f"D_t = alpha_t D_{{t-1}} + u_t{''.join(shown)}"
 
     def step(self, z: Slots, u: Tensor, decay: Tensor, gates: Gates) -> Slots:
         total = decay * z[0] + u
@@ -171,6 +191,12 @@ class Muon(Momentum):
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"Muon steps={self.steps}; must be at least 1 Newton-Schulz iteration")
 
+    @property
+    def symbols(self) -> str:
+        momentum, plain = super().symbols.splitlines()
+        whole = "D_t = alpha_t D_{t-1} + ||S_t|| NS(S_t) / sqrt(min(d_in, d_out))"
+        return f"{momentum}\n{plain} inside a window\n{whole} at its end"
+
     def settle(self, z: Slots) -> Slots:
         return (z[0] - z[1] + orthogonalize(z[1], self.steps), z[1])
 
@@ -188,6 +214,12 @@ class OmegaMuon(Muon):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.window >= 1, f"OmegaMuon window={self.window}; must be at least 1 (1 is Muon)")
+
+    @property
+    def symbols(self) -> str:
+        past = "".join(f" + u_{{t-{i}}}" for i in range(1, self.window))
+        shown = past if self.window <= 3 else f" + .. + u_{{t-{self.window - 1}}}"
+        return super().symbols.replace(" + u_t", f" + u_t{shown}", 1)
 
     @property
     def slots(self) -> int:
@@ -220,6 +252,11 @@ class Averaged(Learning):
     @property
     def slots(self) -> int:
         return 3
+
+    @property
+    def symbols(self) -> str:
+        kept = "P_t = alpha_t P_{t-1}\nS_t = alpha_t S_{t-1} + u_t\nD_t = P_t + token_t S_t"
+        return f"{kept}\nP_t = D_t at a window end\nS_t = 0 at a window end"
 
     @property
     def gates(self) -> tuple[Gate, ...]:
@@ -267,6 +304,12 @@ class NonParametric(Learning):
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 1, f"NonParametric window={self.window}; must be at least 1")
         require(self.persistent >= 0, f"NonParametric persistent={self.persistent}; must be a number of tokens, or 0")
+
+    @property
+    def symbols(self) -> str:
+        seen = "i <= t" if self.window is None else f"t - {self.window} < i <= t"
+        always = f", and {self.persistent} learned ones" if self.persistent else ""
+        return f"o_t = sum_i softmax_i(<q_t, k_i> / sqrt(K)) v_i, {seen}{always}"
 
 
 def _log(gate: Tensor) -> Tensor:

@@ -44,7 +44,8 @@ class WeightShape(NamedTuple):
 class Memory(Choice, abstract=True):
     """An architecture M(W; x) of fast weights.
 
-    Facts: `linear` means that M is x @ W with a single weight, so that predictions are linear in W.
+    Facts: `linear` means that M is x @ W with a single weight, so that predictions are linear in W. Its `symbols` are
+    M in terms of x and its weights, "x W" being a matrix product and "*" one by coordinates.
     """
 
     family: ClassVar[str] = "memory"
@@ -77,6 +78,10 @@ class Matrix(Memory):
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         return {"W": WeightShape(key_dim, value_dim, 0)}
 
+    @property
+    def symbols(self) -> str:
+        return "x W"
+
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         return linear("W", x)
 
@@ -88,6 +93,10 @@ class Vector(Memory):
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         _require_square(self, key_dim, value_dim)
         return {"w": WeightShape(1, value_dim, 1)}
+
+    @property
+    def symbols(self) -> str:
+        return "x * w"
 
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         return x * linear("w", torch.ones_like(x[..., :1]))
@@ -145,6 +154,15 @@ class MLP(Memory):
             return {}
         return {"norm.weight": 1.0, "norm.bias": 0.0}
 
+    @property
+    def symbols(self) -> str:
+        added = "{0} + {0}_bias" if self.fast_bias else "{0}"
+        y = f"x {added.format('up')}"
+        for name in self._names[1:]:
+            y = f"{self.activation}({y}) {added.format(name)}"
+        y = {"layer": f"LN({y})", "rms": f"RMS({y})", None: y}[self.norm]
+        return f"x + {y}" if self.residual else y
+
     def __call__(self, x: Tensor, linear: Linear, slow: Mapping[str, Tensor]) -> Tensor:
         act = ACTIVATIONS[self.activation]
         y = self._product("up", x, linear)
@@ -174,6 +192,10 @@ class GatedMLP(Memory):
 
     def __post_init__(self) -> None:
         require(self.expansion > 0, f"GatedMLP expansion={self.expansion}; must be positive (hidden width / value width)")
+
+    @property
+    def symbols(self) -> str:
+        return "(silu(x gate) * (x up)) down"
 
     def weights(self, key_dim: int, value_dim: int) -> dict[str, WeightShape]:
         width = max(1, round(self.expansion * value_dim))

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from miras.choice import Choice, require, require_one_of
+from miras.choice import Choice, exponent, require, require_one_of
 
 POWER_EPS = 1e-12
 """Added to sums and means of powers |A|^q, so that the scale links are defined at A = 0."""
@@ -28,6 +28,7 @@ class Retention(Choice, abstract=True):
     Facts: `identity` means that link(A) is A; `settles` that the state itself changes at window ends (see `settle`);
     `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function; `simplex` that
     each output unit's inputs share a fixed sum, so that a weight with one input could not learn.
+    Its `symbols` are the link "W = ..." of one matrix A with n inputs, sum_in over those; then, as "A <- ...", what settles.
     """
 
     family: ClassVar[str] = "retention"
@@ -59,6 +60,10 @@ class L2(Retention):
 
     identity: ClassVar[bool] = True
 
+    @property
+    def symbols(self) -> str:
+        return "W = A"
+
     def link(self, dual: Tensor) -> Tensor:
         return dual
 
@@ -81,6 +86,10 @@ class Lq(Retention):
 
     def __post_init__(self) -> None:
         require(self.q >= 2, f"Lq q={self.q}; must be at least 2 (q = 2 is L2)")
+
+    @property
+    def symbols(self) -> str:
+        return f"W = A / (sum |A|{exponent(self.q)}){exponent(self.q - 2, self.q)}"
 
     def link(self, dual: Tensor) -> Tensor:
         return dual * self.tangent(dual, dual)
@@ -108,6 +117,11 @@ class LqRms(Retention):
         require(self.q >= 2, f"LqRms q={self.q}; must be at least 2 (q = 2 is L2)")
         require(self.scale > 0, f"LqRms scale={self.scale}; must be positive")
 
+    @property
+    def symbols(self) -> str:
+        scale = "" if self.scale == 1 else f"{self.scale:g} "
+        return f"W = {scale}A / mean(|A|{exponent(self.q)}){exponent(self.q - 2, self.q)}"
+
     def link(self, dual: Tensor) -> Tensor:
         return dual * self.tangent(dual, dual)
 
@@ -132,6 +146,10 @@ class LqMirror(Retention):
 
     def __post_init__(self) -> None:
         require(self.q >= 2, f"LqMirror q={self.q}; must be at least 2 (q = 2 is L2)")
+
+    @property
+    def symbols(self) -> str:
+        return f"W = A |A|{exponent(self.q - 2)} / (sum |A|{exponent(self.q)}){exponent(self.q - 2, self.q)}"
 
     def link(self, dual: Tensor) -> Tensor:
         size = _power_sum(dual, self.q).pow(1 / self.q)
@@ -166,6 +184,10 @@ class KL(Retention):
     def __post_init__(self) -> None:
         _require_mass(self.mass)
 
+    @property
+    def symbols(self) -> str:
+        return f"W = {_shown(self.mass)} exp(A) / sum_in exp(A)\nA <- A - mean_in(A) at window ends"
+
     def link(self, dual: Tensor) -> Tensor:
         return _mass(self.mass, dual) * dual.softmax(-2)
 
@@ -192,6 +214,10 @@ class SignedKL(Retention):
 
     def __post_init__(self) -> None:
         _require_mass(self.mass)
+
+    @property
+    def symbols(self) -> str:
+        return f"W = {_shown(self.mass)} sinh(A) / sum_in cosh(A)"
 
     def link(self, dual: Tensor) -> Tensor:
         top = dual.detach().abs().amax(-2, keepdim=True)
@@ -225,6 +251,10 @@ class ElasticNet(Retention):
     def __post_init__(self) -> None:
         require(self.threshold >= 0, f"ElasticNet threshold={self.threshold}; must not be negative")
 
+    @property
+    def symbols(self) -> str:
+        return f"W = {_shrunk(self.threshold)}"
+
     def link(self, dual: Tensor) -> Tensor:
         return F.softshrink(dual, self.threshold)
 
@@ -249,6 +279,10 @@ class ProximalElasticNet(L2):
     def __post_init__(self) -> None:
         require(self.threshold >= 0, f"ProximalElasticNet threshold={self.threshold}; must not be negative")
 
+    @property
+    def symbols(self) -> str:
+        return f"W = A\nA <- {_shrunk(self.threshold)} at window ends"
+
     def settle(self, dual: Tensor) -> Tensor:
         return F.softshrink(dual, self.threshold)
 
@@ -266,6 +300,10 @@ class Bregman(Retention):
 
     def __post_init__(self) -> None:
         require_one_of("Bregman name", self.name, ("sigmoid",))
+
+    @property
+    def symbols(self) -> str:
+        return "W = 1 / (1 + exp(-A))"
 
     def link(self, dual: Tensor) -> Tensor:
         return dual.sigmoid()
@@ -291,6 +329,14 @@ _DIVERGENCES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Ten
     ),
 }
 
+_DIVERGENCE_SYMBOLS = {
+    "kl": "exp(A - zeta)",
+    "reverse_kl": "1 / (1 - (A - zeta))",
+    "hellinger": "1 / (1 - (A - zeta) / 2)^2",
+    "chi2": "max(1 + A - zeta, 0)",
+    "jensen_shannon": "exp((A - zeta) / 2) / (2 - exp((A - zeta) / 2))",
+}
+
 _BISECTIONS = 64
 
 
@@ -313,6 +359,12 @@ class FDivergence(Retention):
     def __post_init__(self) -> None:
         require_one_of("FDivergence name", self.name, tuple(_DIVERGENCES))
         _require_mass(self.mass)
+
+    @property
+    def symbols(self) -> str:
+        scale = "" if self.mass is None else f"({self.mass:g}/n) "
+        link = f"W = {scale}{_DIVERGENCE_SYMBOLS[self.name]}, zeta such that sum_in W = {_shown(self.mass)}"
+        return f"{link}\nA <- A - mean_in(A) at window ends"
 
     def link(self, dual: Tensor) -> Tensor:
         g, slope, limit = _DIVERGENCES[self.name]
@@ -361,6 +413,14 @@ def _power_mean(x: Tensor, q: float) -> Tensor:
 
 def _mass(mass: float | None, dual: Tensor) -> float:
     return float(dual.shape[-2]) if mass is None else mass
+
+
+def _shown(mass: float | None) -> str:
+    return "n" if mass is None else f"{mass:g}"
+
+
+def _shrunk(threshold: float) -> str:
+    return f"sign(A) max(|A| - {threshold:g}, 0)"
 
 
 def _require_mass(mass: float | None) -> None:

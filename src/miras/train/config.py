@@ -156,12 +156,9 @@ def read_recipe(path: str | Path | None = None, overrides: Iterable[str] = ()) -
 
 def recipe_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """A recipe from nested mappings and `key=value` overrides. Raises ValueError as `read_recipe` does."""
-    dotlist = list(overrides)
-    for item in dotlist:
-        if "=" not in item or item.startswith("="):
-            raise ValueError(f"override {item!r} is not of the form key=value, for example train.lr=3e-4")
+    chosen = read_overrides(overrides)
     try:
-        given = OmegaConf.merge(OmegaConf.create(dict(raw)), OmegaConf.from_dotlist(dotlist))
+        given = OmegaConf.merge(OmegaConf.create(dict(raw)), chosen)
         plain = cast(dict[str, Any], OmegaConf.to_container(given))
         _refuse_unknown(plain, Recipe, "")
         merged = OmegaConf.merge(OmegaConf.structured(Recipe), given)
@@ -171,6 +168,18 @@ def recipe_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe
         raise ValueError(_explained(error)) from error
     _check_values(recipe)
     return recipe
+
+
+def read_overrides(items: Iterable[str]) -> dict[str, Any]:
+    """Nested mappings from `key=value` items with dots in their keys. Raises ValueError for other items."""
+    dotlist = list(items)
+    for item in dotlist:
+        if "=" not in item or item.startswith("="):
+            raise ValueError(f"override {item!r} is not of the form key=value, for example train.lr=3e-4")
+    try:
+        return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.from_dotlist(dotlist)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ValueError(_explained(error)) from error
 
 
 def compared_recipe(recipe: Recipe, entry: Any, parameters: int) -> Recipe:
