@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ class Layout:
 def from_fla(config: Config, state: State) -> MirasForCausalLM:
     """A Miras model with the weights of an fla checkpoint: its config.json as a dictionary, and its state dict.
 
-    The model is in float32 (float64 if the checkpoint is). Memories start from zero, as those models do.
+    The model is in float32 (float64 if the checkpoint is). Memories start from zero, as those models do. It computes what
+    fla does but for rounding and, with RWKV-7's `fuse_norm: false`, an epsilon: keys are x / sqrt(x^2 + 1e-6).
 
     Raises:
         ValueError: a model type without a converter, an option that changes the maths and has none, tensors that are
@@ -202,30 +204,43 @@ def _expanded(config: Config, design: Design, expand_k: float, expand_v: float, 
     return replace(design, inputs=inputs), heads, head_dim
 
 
+def _repeated(config: Config) -> dict[str, Callable[[Tensor], dict[str, Tensor]]]:
+    """Keys, values and decays that several heads share, once for each of these."""
+    heads, shared = config["num_heads"], config.get("num_kv_heads") or config["num_heads"]
+    if heads == shared:
+        return {}
+    names = [f"attn.{name}_{part}" for name in "kv" for part in ("proj.weight", "conv1d.weight")]
+    names += [f"attn.gk_proj.1.{part}" for part in ("weight", "bias")]
+
+    def repeat(name: str, x: Tensor) -> dict[str, Tensor]:
+        return {name: x.unflatten(0, (shared, -1)).repeat_interleave(heads // shared, 0).flatten(0, 1)}
+
+    return {name: partial(repeat, name) for name in names}
+
+
 def _gla(config: Config, state: State) -> Layout:
-    _refuse(config, attn=None, num_kv_heads=(None, config["num_heads"]), feature_map=None, clamp_min=None, use_gk=True)
-    _refuse(config, use_gv=False, hidden_act="swish", attnres_block_size=None, gate_fn="swish")
-    down = state["model.layers.0.attn.gk_proj.0.weight"]
-    temperature = float(config.get("gate_logit_normalizer", 16))
-    decay = LogDecay(23.0, temperature, per_channel=True, rank=down.shape[0])
+    _refuse(config, attn=None, feature_map=None, clamp_min=None)
+    _refuse(config, hidden_act="swish", attnres_block_size=None)
+    # fla reads neither the normalizer of the gates nor their rank from the configuration: 16 whatever it says.
+    rank = state["model.layers.0.attn.gk_proj.0.weight"].shape[0]
+    decay = LogDecay(23.0, temperature=16.0, per_channel=True, rank=rank)
     output = Output(gate="silu" if config.get("use_output_gate", True) else None)
     design, heads, head_dim = _expanded(config, models.gla(), 0.5, 1.0, decay=decay, output=output)
     names = {f"attn.gk_proj.{i}.weight": f"attn.a_proj.proj.{i}.weight" for i in range(2)}
     names |= _BLOCK | {"attn.gk_proj.1.bias": "attn.a_proj.bias"}
-    return Layout(design, _sizes(config, state, heads, head_dim), names)
+    return Layout(design, _sizes(config, state, heads, head_dim), names, _repeated(config))
 
 
 def _retnet(config: Config, state: State) -> Layout:
-    _refuse(config, attn=None, num_kv_heads=(None, config["num_heads"]), feature_map=None, hidden_act="swish")
-    _refuse(config, attnres_block_size=None, gate_fn="swish")
+    _refuse(config, attn=None, feature_map=None, hidden_act="swish", attnres_block_size=None)
     output = Output(gate="silu" if config.get("use_output_gate", True) else None)
-    design, heads, head_dim = _expanded(config, models.retnet(), 1.0, 2.0, output=output)
-    return Layout(design, _sizes(config, state, heads, head_dim), _BLOCK)
+    # fla's RetNet has no convolution, whatever the configuration says.
+    design, heads, head_dim = _expanded({**config, "use_short_conv": False}, models.retnet(), 1.0, 2.0, output=output)
+    return Layout(design, _sizes(config, state, heads, head_dim), _BLOCK, _repeated(config))
 
 
 def _delta_net(config: Config, state: State) -> Layout:
-    _refuse(config, attn=None, qk_norm="l2", qk_activation="silu", hidden_act="swish", use_output_norm=True)
-    _refuse(config, attnres_block_size=None)
+    _refuse(config, attn=None, qk_norm="l2", qk_activation="silu", hidden_act="swish", attnres_block_size=None)
     negative = config.get("allow_neg_eigval", False)
     changes: dict[str, Any] = {"features": Normalized(scaled=True), "activation": "silu"}
     if not config.get("use_beta", True):
@@ -304,12 +319,14 @@ def _rwkv7(config: Config, state: State) -> Layout:
     block = {"norm": "layer", "mlp": "channel_mix", "embedding_norm": first}
     width = {"intermediate_size": state["model.layers.0.ffn.key.weight"].shape[0]}
     sizes = _sizes(config, state, hidden // head_dim, head_dim, **block, **width)
-    return Layout(models.rwkv7(inputs=inputs), sizes, names, whole=whole)
+    # Older files hold all shares of the token shift in one tensor.
+    split = {"attn.x_x": lambda x: dict(zip((f"attn.{name}" for name in shifts), x, strict=True))}
+    return Layout(models.rwkv7(inputs=inputs), sizes, names, split, whole=whole)
 
 
 def _mamba2(config: Config, state: State) -> Layout:
-    _refuse(config, use_bias=False, D_has_hdim=False, rmsnorm=True, hidden_act=("silu", "swish"))
-    limit = tuple(config.get("dt_limit", (0.0, float("inf"))))
+    _refuse(config, use_bias=False, D_has_hdim=False, hidden_act=("silu", "swish"))
+    limit = tuple(float(x["__float__"]) if isinstance(x, Mapping) else float(x) for x in config.get("dt_limit", (0, "inf")))
     require(limit == (0.0, float("inf")), f"dt_limit={limit} is not converted; allowed: (0.0, inf)")
     head_dim, size, groups = config.get("head_dim", 64), config.get("state_size", 128), config.get("n_groups", 1)
     inner = round(config.get("expand", 2) * config["hidden_size"])
@@ -320,7 +337,11 @@ def _mamba2(config: Config, state: State) -> Layout:
         key_ratio=size / head_dim,
         value_ratio=1.0,
         key_heads=groups,
-        output=Output(groups=groups, gate_first=not config.get("norm_before_gate", False)),
+        output=Output(
+            "rms" if config.get("rmsnorm", True) else None,
+            groups=groups,
+            gate_first=not config.get("norm_before_gate", False),
+        ),
     )
     keys = groups * size
 
@@ -342,7 +363,7 @@ def _mamba2(config: Config, state: State) -> Layout:
     names |= {f"mixer.{name}": f"attn.features.{name}" for name in ("A_log", "D")}
     names |= {"mixer.out_proj.weight": "attn.o_proj.weight"}
     sizes = _sizes(config, state, inner // head_dim, head_dim, mlp=None)
-    whole = {"backbone.norm_f.weight": "model.norm.weight"}
+    whole = {"backbone.norm_f.weight": "model.norm.weight", "backbone.embedding.weight": "model.embeddings.weight"}
     return Layout(models.mamba2(inputs=inputs), sizes, names, split, "backbone", whole)
 
 
