@@ -34,7 +34,7 @@ def definitions(path: Path) -> set[str]:
 def test_every_choice_and_model_is_listed() -> None:
     listed = {(row["name"], row["file"]) for row in rows()}
     wanted = {(cls.__name__, f"src/{cls.__module__.replace('.', '/')}.py") for cls in public_classes()}
-    wanted |= {(name, "src/miras/models.py") for name in models.NAMED}
+    wanted |= {(name, f"src/{f.__module__.replace('.', '/')}.py") for name, f in models.NAMED.items()}
     assert not wanted - listed, f"add a row to docs/equations.md for {sorted(wanted - listed)}"
 
 

@@ -376,7 +376,7 @@ def test_public_functions_are_named() -> None:
         name
         for name, f in vars(models).items()
         if inspect.isfunction(f)
-        and f.__module__ == models.__name__
+        and f.__module__.startswith(models.__name__)
         and not name.startswith("_")
         and name != "named"
         and inspect.signature(f).return_annotation in ("Design", "MemoryAsContext", "MemoryAsGate", "Pattern")

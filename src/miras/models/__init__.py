@@ -1,0 +1,123 @@
+"""Named models: each is four choices and the parametrisation of their gates, a few lines over the pieces.
+
+Every function takes overrides for any field of `Design` (`yaad(refresh=1)`, `memora(retention=KL())`) and returns what
+`MirasConfig(design=...)` takes. Where a default departs from the printed formula, docs/results/parametrisation.md has the
+figures.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from miras.bias import Bias
+from miras.choice import Choice
+from miras.design import LayerDesign, Pattern
+from miras.inputs import Inputs
+from miras.learning import Learning
+from miras.memory import Memory
+from miras.models.attention import swa, transformer
+from miras.models.deep import (
+    atlas,
+    memora,
+    memora_h,
+    moneta,
+    moneta_h,
+    omeganet,
+    titans_lmm,
+    titans_mac,
+    titans_mag,
+    titans_mal,
+    ttt_linear,
+    ttt_mlp,
+    yaad,
+    yaad_h,
+)
+from miras.models.deep import (
+    deep_inputs as deep_inputs,
+)
+from miras.models.matrix import (
+    deltanet,
+    deltaproduct,
+    gated_deltanet,
+    gated_deltaproduct,
+    gla,
+    hgrn2,
+    kda,
+    lightning_attention,
+    linear_attention,
+    longhorn,
+    longhorn_diagonal,
+    mamba2,
+    retnet,
+    rwkv7,
+)
+from miras.retention import Retention
+
+NAMED: dict[str, Callable[..., LayerDesign | Pattern]] = {
+    function.__name__: function
+    for function in (
+        moneta,
+        yaad,
+        memora,
+        moneta_h,
+        yaad_h,
+        memora_h,
+        titans_lmm,
+        titans_mac,
+        titans_mag,
+        titans_mal,
+        omeganet,
+        atlas,
+        ttt_linear,
+        ttt_mlp,
+        gated_deltanet,
+        kda,
+        deltanet,
+        deltaproduct,
+        gated_deltaproduct,
+        longhorn,
+        longhorn_diagonal,
+        rwkv7,
+        linear_attention,
+        retnet,
+        lightning_attention,
+        gla,
+        mamba2,
+        hgrn2,
+        transformer,
+        swa,
+    )
+}
+"""Every named model by its name."""
+
+
+def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
+    """A named model, with overrides that may be dictionaries, as recipes give them.
+
+    `named("yaad", refresh=64, bias={"kind": "Lp", "p": 2.0}, inputs={"weight_std": 1.0})`; fields of `inputs` that are not
+    given keep the model's own.
+
+    Raises:
+        ValueError: unknown name, kind or field.
+    """
+    if name not in NAMED:
+        near = difflib.get_close_matches(name, NAMED, n=1)
+        raise ValueError(
+            f"no model {name!r}; allowed: {', '.join(sorted(NAMED))}" + (f"; did you mean {near[0]!r}?" if near else "")
+        )
+    families: dict[str, type[Choice]] = {"memory": Memory, "bias": Bias, "retention": Retention, "learning": Learning}
+    for field, value in overrides.items():
+        if isinstance(value, Mapping) and field in families:
+            overrides[field] = families[field].from_dict(value)
+    if isinstance(overrides.get("inputs"), Mapping):
+        own = NAMED[name]().parts[0].inputs.to_dict()
+        overrides["inputs"] = Inputs.from_dict({**own, **overrides["inputs"]})
+    try:
+        return NAMED[name](**overrides)
+    except TypeError as error:
+        raise ValueError(
+            f"model {name!r}: {error}; a design has memory, bias, retention, learning, refresh, link_at, "
+            "gradient_at, anchor and inputs"
+        ) from error
