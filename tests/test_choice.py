@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from miras import bias, design, features, inputs, learning, memory, models, retention
+from miras import bias, design, features, gatemaps, inputs, learning, memory, models, retention
 from miras.choice import Choice, require, require_one_of
 from tests.table import FACTORS
 
-MODULES = (memory, bias, retention, learning, inputs, features, design)
+MODULES = (memory, bias, retention, learning, gatemaps, inputs, features, design)
 
 GATES = [
     inputs.Constant(0.5),

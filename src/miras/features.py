@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from miras.choice import Gate, require, require_one_of
-from miras.inputs import Features, GateMap, Norm, Rotary, Stream, initial_time_steps, unit
+from miras.gatemaps import GateMap, initial_time_steps
+from miras.inputs import Features, Norm, Rotary, Stream, unit
 
 RWKV_DECAY = math.exp(-0.5)
 """Largest -log w of RWKV-7: w is at least exp(-exp(-1/2)) = 0.545."""
