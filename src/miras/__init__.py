@@ -3,9 +3,10 @@
 A model is four choices (Miras, arXiv 2504.13173, Table 1):
 
     memory      what maps keys to values        Vector, Matrix, MLP, GatedMLP
-    bias        the inner loss                  Dot, L2, Lp, Huber, Robust, Envelope
+    bias        the inner loss                  Dot, L2, RidgeDot, Lp, Huber, Robust, Envelope
     retention   how it forgets                  L2, Lq, LqRms, LqMirror, KL, SignedKL, ElasticNet, ...
-    learning    the online optimiser            GradientDescent, Momentum, MultiStep, Omega, Muon, NonParametric
+    learning    the online optimiser            GradientDescent, Momentum, MultiStep, Omega, Muon, OmegaMuon, Averaged,
+                                                NonParametric
 
 `Design` puts them together, `memorize` runs one, `MemoryLayer` is a layer of one, `MirasForCausalLM` a language model, and
 `models` holds the named ones. `MemoryAsGate` and `MemoryAsContext` put a memory and attention into one layer (Titans).
