@@ -167,6 +167,7 @@ def test_a_loss_alone_is_a_formula() -> None:
 
 
 def test_labels() -> None:
+    assert label(learning.OmegaMuon(3)) == "OmegaMuon(3)"
     assert label(retention.LqRms(4.0, 0.3)) == "LqRms(4, 0.3)"
     assert label(memory.MLP()) == "MLP(2)"
     assert label(memory.MLP(residual=False)) == "MLP(2, residual=False)"

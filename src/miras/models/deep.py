@@ -144,7 +144,7 @@ def omeganet(window: int = 4, **overrides: Any) -> Design:
 
 def atlas(window: int = 4, **overrides: Any) -> Design:
     """Atlas: OmegaNet whose momentum enters the memory orthogonalised. Source: Atlas (arXiv 2505.23735), its Muon update."""
-    base = omeganet(window, learning=OmegaMuon(window=window), inputs=deep_inputs(0.5 / window, features=Polynomial()))
+    base = omeganet(window, learning=OmegaMuon(window), inputs=deep_inputs(0.5 / window, features=Polynomial()))
     return replace(base, **overrides)
 
 
