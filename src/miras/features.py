@@ -105,6 +105,10 @@ class WindowRate(GateMap):
         require(self.length >= 1, f"WindowRate length={self.length}; must be the design's refresh, at least 1")
 
     @property
+    def restarts(self) -> int:
+        return self.length
+
+    @property
     def symbols(self) -> str:
         return f"max(0, 1 / (j + 1) + shift_j), j = t mod {self.length}"
 
@@ -127,6 +131,10 @@ class MiniBatch(Rotary):
 
     def __post_init__(self) -> None:
         require(self.length >= 1, f"MiniBatch length={self.length}; must be the design's refresh, at least 1")
+
+    @property
+    def restarts(self) -> int:
+        return self.length
 
     @property
     def symbols(self) -> str:

@@ -74,6 +74,11 @@ class Features(Choice, abstract=True):
         """Whether `read` does more than to norm the outputs."""
         return type(self).read is not Features.read
 
+    @property
+    def restarts(self) -> int | None:
+        """Tokens of a window after which they begin anew; must be the design's. None: they know of none."""
+        return None
+
     def gates(self, first: bool) -> tuple[Gate, ...]:
         """Gates that only the features read; `first` in the first layer of their kind."""
         return ()
