@@ -255,6 +255,7 @@ class InContext(Features):
         k_k, k_a = p["k_k"].to(s.k.dtype), p["k_a"].to(s.k.dtype)
         rate, v = s.lr, s.v
         if "residual" in s.gates:
+            require("values" in s.shared, "a later InContext layer mixes its values with the first one's: give `shared`")
             v = torch.lerp(v, s.shared["values"].to(v.dtype), s.gates["residual"].to(v.dtype))
         else:
             s.shared["values"] = v
