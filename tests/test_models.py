@@ -369,6 +369,7 @@ def test_named() -> None:
         models.named("yad")
     plain = models.named("yaad", inputs={"features": {"kind": "Plain"}, "rate": {"kind": "Constant", "value": 0.5}}).inputs
     assert (plain.features, plain.rate) == (Plain(), Constant(0.5))
+    assert models.named("ttt_mlp", inputs={"gates": {"token": {"kind": "Constant"}}}).inputs.gates == {"token": Constant()}
     with pytest.raises(ValueError, match=r"model 'yaad': .*refres.*a design has memory, bias"):
         models.named("yaad", refres=3)
 

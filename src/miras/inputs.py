@@ -279,6 +279,12 @@ class Inputs(Choice):
     output: Output = Output()
 
     def __post_init__(self) -> None:
+        maps = {"rate": self.rate, "decay": self.decay, **{f"gates[{name!r}]": gate for name, gate in self.gates.items()}}
+        families = {"features": (self.features, Features), "output": (self.output, Output)}
+        families |= {name: (gate, GateMap) for name, gate in maps.items() if name != "decay" or gate is not None}
+        for name, (value, family) in families.items():
+            if not isinstance(value, family):
+                raise TypeError(f"{name}={value!r}; must be a {family.__name__} (an instance, not the class)")
         require(self.conv_size >= 0, f"conv_size={self.conv_size}; must be 0 (no convolution) or a width")
         require(
             self.decay is None or not self.features.makes_decay,

@@ -118,7 +118,9 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
         if isinstance(inputs, Mapping):
             # The model's own inputs depend on what else is given: its arguments, `refresh`.
             own = NAMED[name](**{field: value for field, value in overrides.items() if field != "inputs"}).parts[0].inputs
-            overrides["inputs"] = Inputs.from_dict({**own.to_dict(), **_chosen(inputs, INPUTS)})
+            gates = inputs.get("gates", own.gates)
+            chosen = {**_chosen(inputs, INPUTS), "gates": _chosen(gates, dict.fromkeys(gates, GateMap))}
+            overrides["inputs"] = Inputs.from_dict({**own.to_dict(), **chosen})
         return NAMED[name](**overrides)
     except TypeError as error:
         raise ValueError(
