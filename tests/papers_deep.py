@@ -114,10 +114,12 @@ def ttt_recurrence(
     return torch.stack(out)
 
 
-def _ttt(x: Tensor, p: Params, heads: int, network: Network, names: tuple[str, ...], refresh: int) -> Tensor:
+def _ttt(
+    x: Tensor, p: Params, heads: int, network: Network, names: tuple[str, ...], refresh: int, base: float = 1.0
+) -> Tensor:
     q, k, v = (split(conv(linear(x, p, f"{name}_proj"), p, f"{name}_conv1d"), heads) for name in "qkv")
     positions = torch.arange(len(x)) % refresh
-    eta = rate(x, p) / q.shape[-1]
+    eta = base * rate(x, p) / q.shape[-1]
     token = (1 / torch.arange(1, refresh + 1, dtype=x.dtype) + p["gate_projs.token.shift"]).clamp_min(0)
     weights, affine = memory_of(p, *names), memory_norm(p)
     out = ttt_recurrence(rotary(q, positions), rotary(k, positions), v, eta, token, weights, *affine, network)
@@ -130,8 +132,8 @@ def ttt_linear(x: Tensor, p: Params, heads: int, *, refresh: int = 16) -> Tensor
 
 
 def ttt_mlp(x: Tensor, p: Params, heads: int, *, refresh: int = 16) -> Tensor:
-    """TTT-MLP (2407.04620), Eq. 4 with Sec. 2.4 and 2.7; the same with a hidden layer of 4 d."""
-    return _ttt(x, p, heads, TTT_MLP, ("up", "up_bias", "down", "down_bias"), refresh)
+    """TTT-MLP (2407.04620), Eq. 4 with Sec. 2.4 and 2.7; the same with a hidden layer of 4 d, eta_base 0.1."""
+    return _ttt(x, p, heads, TTT_MLP, ("up", "up_bias", "down", "down_bias"), refresh, 0.1)
 
 
 # Atlas. -----------------------------------------------------------------------------------------------------------------

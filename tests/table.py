@@ -71,7 +71,7 @@ FACTORS: dict[str, list[Any]] = {
         learning.MultiStep(3),
         learning.Omega(3),
         learning.Muon(2),
-        learning.OmegaMuon(2, window=3),
+        learning.OmegaMuon(3, steps=2),
         learning.Averaged(),
     ],
     "refresh": [1, 5, 16],

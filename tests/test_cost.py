@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -16,7 +17,7 @@ from miras.cost import Cost, fit, inner_weights, measure, state_formula
 from miras.describe import parts
 from miras.design import Design
 from miras.engine import memorize
-from miras.inputs import Inputs, LogDecay, Sigmoid
+from miras.inputs import Inputs, LogDecay, Output, Sigmoid
 
 DESCENT = learning.GradientDescent()
 CHANNELS = Inputs(rate=Sigmoid(), decay=LogDecay(per_channel=True))
@@ -95,6 +96,18 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not window.grows and window.flops == seen[1] * 8 / tokens
     assert held(designs[0], tokens) == tokens * whole.state
     assert held(designs[1], tokens) == window.state
+
+
+def test_persistent_tokens_count_once() -> None:
+    assert measure(models.transformer(8, learning=learning.NonParametric(8, 4)), 16).flops == 2 * 32 * (8 + 4)
+    assert measure(models.transformer(learning=learning.NonParametric(persistent=4)), 16).flops == 2 * 32
+
+
+def test_heads_that_share_cost_what_others_do() -> None:
+    """Keys for groups of heads, and norms over them, need several heads."""
+    alone = measure(models.gla(), 16)
+    shared = replace(models.gla().inputs, key_heads=2, output=Output(groups=3))
+    assert measure(models.gla(inputs=shared), 16) == alone
 
 
 def held(design: Design, tokens: int = 20) -> int:

@@ -130,6 +130,12 @@ def test_gates_say_how_they_are_made() -> None:
     assert found["q, k, v"] == ["each silu(proj(x_t))"]
 
 
+def test_scaled_queries_and_token_shifts_are_told() -> None:
+    assert lines(models.gla())["features"] == ["q, k, v <- q, k, v", "q <- q / sqrt(K)"]
+    assert lines(models.rwkv7())["token shift"] == ["x_t <- x_t + m * (x_{t-1} - x_t), m learned for each use"]
+    assert "token shift" not in lines(models.gla())
+
+
 def test_the_path_and_the_faster_ones() -> None:
     found = lines(models.moneta())
     assert found["path"] == ["frozen, in blocks of 16 gradient steps"]
@@ -167,6 +173,7 @@ def test_a_loss_alone_is_a_formula() -> None:
 
 
 def test_labels() -> None:
+    assert label(learning.OmegaMuon(3)) == "OmegaMuon(3)"
     assert label(retention.LqRms(4.0, 0.3)) == "LqRms(4, 0.3)"
     assert label(memory.MLP()) == "MLP(2)"
     assert label(memory.MLP(residual=False)) == "MLP(2, residual=False)"

@@ -11,6 +11,7 @@ import torch
 
 from miras import bias, learning, memory, models, retention
 from miras.design import Design, Pattern, design_from
+from miras.features import WindowRate
 from tests.table import TABLE, Row
 
 CHOICES: dict[str, Any] = {
@@ -53,6 +54,14 @@ def test_wrong_types(name: str, wrong: Any) -> None:
 def test_retention_of_attention_is_refused_too() -> None:
     with pytest.raises(ValueError, match="leave retention=None"):
         Design(None, bias.L2(), retention.L2(), learning.NonParametric())
+
+
+def test_what_begins_anew_with_a_window_is_as_long() -> None:
+    for changes in ({"features": models.ttt_linear(refresh=8).inputs.features}, {"gates": {"token": WindowRate(8)}}):
+        with pytest.raises(ValueError, match=r"begins anew every 8 tokens, but a window has 16 gradient steps"):
+            models.ttt_linear(inputs=replace(models.ttt_linear().inputs, **changes))
+    with pytest.raises(ValueError, match=r"begins anew every 16 tokens, but a window has 32"):
+        replace(models.ttt_linear(), refresh=32)
 
 
 @pytest.mark.parametrize("row", TABLE[::5], ids=str)

@@ -307,3 +307,18 @@ def test_options_of_gate_maps_reach_the_layer(name: str, change: dict[str, Any])
     plain = Inputs()
     changed = dataclasses.replace(plain, **{name: dataclasses.replace(getattr(plain, name), **change)})
     assert float((layer_output(plain) - layer_output(changed)).abs().max()) > 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("features", {"features": Plain}),
+        ("rate", {"rate": None}),
+        ("decay", {"decay": {"kind": "LogDecay"}}),
+        ("gates", {"gates": {"delta": 1.0}}),
+        ("output", {"output": None}),
+    ],
+)
+def test_wrong_types(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=rf"{name}.*; must be a (Features|GateMap|Output) \(an instance"):
+        Inputs(**changes)

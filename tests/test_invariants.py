@@ -251,7 +251,7 @@ for _cls, _part, _changes in (
     (retention.ProximalElasticNet(0.1), "retention", {"threshold": 0.2}),
     (learning.Omega(3), "learning", {"window": 2}),
     (learning.Muon(5), "learning", {"steps": 3}),
-    (learning.OmegaMuon(5), "learning", {"steps": 3, "window": 2}),
+    (learning.OmegaMuon(), "learning", {"steps": 3, "window": 2}),
 ):
     for _field, _value in _changes.items():
         OPTIONS[type(_cls), _field] = option(_part, _cls, replace(_cls, **{_field: _value}))

@@ -31,7 +31,7 @@ RULES: dict[str, Learning] = {
     "omega 2": Omega(2),
     "omega 4": Omega(4),
     "muon": Muon(5),
-    "omega muon": OmegaMuon(5, window=3),
+    "omega muon": OmegaMuon(3, steps=5),
     "averaged": Averaged(),
 }
 
@@ -136,7 +136,7 @@ def test_omega_muon_in_closed_form() -> None:
     recent = [u[max(0, s - 2) : s + 1].sum(0) for s in range(STEPS)]
     speed = [sum(retained(mu, i, s) * recent[i] for i in range(s + 1)) for s in range(STEPS)]
     expected = [sum(retained(alpha, s, t) * speed[s] for s in range(t + 1)) for t in range(STEPS)]
-    assert_close(drive(OmegaMuon(2, window=3), alpha, u, {"mu": mu}), torch.stack(expected))
+    assert_close(drive(OmegaMuon(3, steps=2), alpha, u, {"mu": mu}), torch.stack(expected))
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (3, 8), (8, 3)])
@@ -190,8 +190,8 @@ def test_non_parametric() -> None:
         (lambda: MultiStep(0), "n=0; must be at least 1"),
         (lambda: Omega(0), "window=0; must be at least 1"),
         (lambda: Muon(0), "steps=0; must be at least 1"),
-        (lambda: OmegaMuon(0), "steps=0; must be at least 1"),
-        (lambda: OmegaMuon(2, window=0), "window=0; must be at least 1"),
+        (lambda: OmegaMuon(steps=0), "steps=0; must be at least 1"),
+        (lambda: OmegaMuon(0, steps=2), "window=0; must be at least 1"),
         (lambda: NonParametric(0), "window=0; must be at least 1"),
     ],
 )

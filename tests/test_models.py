@@ -22,6 +22,7 @@ from miras import memory, models, retention
 from miras.arrangement import make_mixer
 from miras.bias import Huber, Lp
 from miras.design import Arrangement, Design, Pattern, design_from
+from miras.inputs import Constant, Plain
 from tests.problems import Problem, assert_close, assert_same, differentiable, probe, random_problem
 
 TOKENS = 11
@@ -366,8 +367,27 @@ def test_named() -> None:
     assert changed == replace(models.yaad().inputs, weight_std=0.125)
     with pytest.raises(ValueError, match=r"no model 'yad'; allowed: .*did you mean 'yaad'"):
         models.named("yad")
+    plain = models.named("yaad", inputs={"features": {"kind": "Plain"}, "rate": {"kind": "Constant", "value": 0.5}}).inputs
+    assert (plain.features, plain.rate) == (Plain(), Constant(0.5))
+    assert models.named("ttt_mlp", inputs={"gates": {"token": {"kind": "Constant"}}}).inputs.gates == {"token": Constant()}
     with pytest.raises(ValueError, match=r"model 'yaad': .*refres.*a design has memory, bias"):
         models.named("yaad", refres=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("hgrn2", {"lower_bound": 0.5}),
+        ("deltanet", {"negative_eigenvalues": True}),
+        ("linear_attention", {"normalizer": True}),
+        ("omeganet", {"window": 8}),
+        ("ttt_linear", {"refresh": 32}),
+    ],
+)
+def test_named_inputs_are_the_model_s_with_its_arguments(name: str, arguments: dict[str, Any]) -> None:
+    own = models.named(name, **arguments)
+    changed = models.named(name, **arguments, inputs={"weight_std": 0.5})
+    assert changed == replace(own, inputs=replace(own.inputs, weight_std=0.5))
 
 
 def test_public_functions_are_named() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from miras.inputs import Output
-from miras.modules import LowRank, OutputNorm, ShortConvolution, TokenShift
+from miras.modules import LowRank, OutputNorm, ShortConvolution, TokenShift, projection
 from miras.packing import Packing
 
 
@@ -135,3 +135,12 @@ def test_packing_and_padding_back() -> None:
     assert torch.equal(packing.pad(packed), x * mask[..., None])
     assert Packing.from_mask(torch.ones(3, 4), 3, 4) is None
     assert Packing.from_mask(torch.tensor([[0, 1, 1]]), 1, 2) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "between", "message"),
+    [(0, None, "rank=0; must be at least 1"), (4, "relu6", "between='relu6'; allowed"), (None, "tanh", "give rank")],
+)
+def test_projections_that_cannot_be(rank: int | None, between: str | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        projection(8, 4, rank, between)

@@ -22,9 +22,9 @@ LINEAR = [
     learning.Omega(4),
     learning.Omega(12),
     learning.Muon(2),
-    learning.OmegaMuon(2, window=1),
-    learning.OmegaMuon(2, window=3),
-    learning.OmegaMuon(2, window=12),
+    learning.OmegaMuon(1, steps=2),
+    learning.OmegaMuon(3, steps=2),
+    learning.OmegaMuon(12, steps=2),
     learning.Averaged(),
 ]
 

@@ -115,9 +115,9 @@ class GateMixer(ArrangedMixer):
         return y, m, ArrangedState(memory, attention) if memory and attention else None
 
     @torch.no_grad()
-    def inspect(self, hidden_states: Tensor) -> dict[str, Tensor]:
+    def inspect(self, hidden_states: Tensor, shared: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the memory does at each token; see `MemoryLayer.inspect`."""
-        return self.long_term.inspect(hidden_states)
+        return self.long_term.inspect(hidden_states, shared)
 
 
 class ContextMixer(ArrangedMixer):
@@ -171,7 +171,7 @@ class ContextMixer(ArrangedMixer):
         return q, tails
 
     @torch.no_grad()
-    def inspect(self, hidden_states: Tensor) -> dict[str, Tensor]:
+    def inspect(self, hidden_states: Tensor, shared: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the memory does at each token, as it learns the outputs of attention; see `MemoryLayer.inspect`."""
         y, _, _ = self.branches(hidden_states, None, None, keep=False)
         return self.long_term.inspect(y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -31,7 +32,7 @@ class Cost:
     copies   matrices that the state keeps of each: the learning's slots, and with refresh > 1 the gradient point
     state    numbers held: all copies of all weights, or keys and values
     flops    a token, two for a multiply-add (see `count_flops`)
-    grows    `state` and `flops` are for each token of context: softmax attention over all of them
+    grows    `state` and `flops` are for each token of context: softmax attention over all of them, persistent ones apart
     plan     the path that the engine takes
     """
 
@@ -45,16 +46,19 @@ class Cost:
 
 def measure(design: Design, head_dim: int) -> Cost:
     """The cost of a head of `head_dim` channels; widths and path are those of a layer, made without storage."""
+    # As many heads as the inputs may ask for, all alike.
+    heads = math.lcm(design.inputs.key_heads or 1, design.inputs.output.groups or 1)
     with torch.device("meta"):
-        layer = MemoryLayer(head_dim, 1, design, head_dim)
-    plan, key_dim, value_dim = layer.explain(), layer.q_proj.out_features, layer.o_proj.in_features
+        layer = MemoryLayer(heads * head_dim, heads, design, head_dim)
+    plan, key_dim, value_dim = layer.explain(), layer.key_dim, layer.value_dim
     if not design.parametric:
         window = getattr(design.learning, "window", None)
         # The token's own key and value are the last of its window: the state keeps those before it.
-        held, seen = (1, 1) if window is None else (window - 1, window)
         numbers = key_dim + value_dim
-        always = getattr(design.learning, "persistent", 0)
-        return Cost({}, 1, held * numbers, 2.0 * (seen + always) * numbers, window is None, plan)
+        if window is None:
+            return Cost({}, 1, numbers, 2.0 * numbers, True, plan)
+        seen = window + getattr(design.learning, "persistent", 0)
+        return Cost({}, 1, (window - 1) * numbers, 2.0 * seen * numbers, False, plan)
     weights = {name: (d_in, d_out) for name, (_, d_in, d_out) in layer.memory.shapes.items()}
     copies = design.learning.slots + int(design.refresh > 1)
     state = copies * sum(d_in * d_out for d_in, d_out in weights.values())

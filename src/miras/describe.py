@@ -247,7 +247,9 @@ def _inputs(design: Design) -> tuple[Line, ...]:
     made = "proj(x_t)"
     made = f"conv{inputs.conv_size}({made})" if inputs.conv_size > 0 else made
     made = f"{inputs.activation}({made})" if inputs.activation else made
-    lines = [Line("q, k, v", f"each {made}"), _line("features", formula(inputs.features), inputs.features)]
+    features = formula(inputs.features) + ("\nq <- q / sqrt(K)" if inputs.features.scaled else "")
+    shift = [Line("token shift", "x_t <- x_t + m * (x_{t-1} - x_t), m learned for each use")] if inputs.token_shift else []
+    lines = [*shift, Line("q, k, v", f"each {made}"), _line("features", features, inputs.features)]
     if not design.parametric:
         return tuple(lines)
     lines.append(_gate("rate", "eta_t", inputs.rate, "b_proj"))

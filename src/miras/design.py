@@ -67,6 +67,13 @@ class Design(Choice):
             f"bias {self.bias.kind} takes an implicit step, which has a closed form for a linear memory only; got "
             f"{self.memory.kind}. Use Matrix(), or the bias without its envelope",
         )
+        maps = (self.inputs.features, self.inputs.rate, self.inputs.decay, *self.inputs.gates.values())
+        for item in maps:
+            length = None if item is None else item.restarts
+            require(
+                length is None or length * self.learning.micro_steps == self.refresh,
+                f"{item} begins anew every {length} tokens, but a window has {self.refresh} gradient steps: make them equal",
+            )
         assert self.retention is not None
         single = [name for name, shape in self.memory.weights(64, 64).items() if shape.d_in == 1]
         require(

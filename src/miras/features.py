@@ -105,6 +105,10 @@ class WindowRate(GateMap):
         require(self.length >= 1, f"WindowRate length={self.length}; must be the design's refresh, at least 1")
 
     @property
+    def restarts(self) -> int:
+        return self.length
+
+    @property
     def symbols(self) -> str:
         return f"max(0, 1 / (j + 1) + shift_j), j = t mod {self.length}"
 
@@ -127,6 +131,10 @@ class MiniBatch(Rotary):
 
     def __post_init__(self) -> None:
         require(self.length >= 1, f"MiniBatch length={self.length}; must be the design's refresh, at least 1")
+
+    @property
+    def restarts(self) -> int:
+        return self.length
 
     @property
     def symbols(self) -> str:
@@ -247,6 +255,7 @@ class InContext(Features):
         k_k, k_a = p["k_k"].to(s.k.dtype), p["k_a"].to(s.k.dtype)
         rate, v = s.lr, s.v
         if "residual" in s.gates:
+            require("values" in s.shared, "a later InContext layer mixes its values with the first one's: give `shared`")
             v = torch.lerp(v, s.shared["values"].to(v.dtype), s.gates["residual"].to(v.dtype))
         else:
             s.shared["values"] = v

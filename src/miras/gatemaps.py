@@ -30,6 +30,11 @@ class GateMap(Choice, abstract=True):
     rank: int | None = field(default=None, kw_only=True)
     between: str | None = field(default=None, kw_only=True)
 
+    @property
+    def restarts(self) -> int | None:
+        """Tokens of a window after which the gate begins anew; must be the design's. None: it knows of none."""
+        return None
+
     def parameters(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
         """Learned numbers and their initial values, for a gate of shape [H] or [H, C]."""
         return {}

@@ -74,6 +74,11 @@ class Features(Choice, abstract=True):
         """Whether `read` does more than to norm the outputs."""
         return type(self).read is not Features.read
 
+    @property
+    def restarts(self) -> int | None:
+        """Tokens of a window after which they begin anew; must be the design's. None: they know of none."""
+        return None
+
     def gates(self, first: bool) -> tuple[Gate, ...]:
         """Gates that only the features read; `first` in the first layer of their kind."""
         return ()
@@ -274,6 +279,12 @@ class Inputs(Choice):
     output: Output = Output()
 
     def __post_init__(self) -> None:
+        maps = {"rate": self.rate, "decay": self.decay, **{f"gates[{name!r}]": gate for name, gate in self.gates.items()}}
+        families = {"features": (self.features, Features), "output": (self.output, Output)}
+        families |= {name: (gate, GateMap) for name, gate in maps.items() if name != "decay" or gate is not None}
+        for name, (value, family) in families.items():
+            if not isinstance(value, family):
+                raise TypeError(f"{name}={value!r}; must be a {family.__name__} (an instance, not the class)")
         require(self.conv_size >= 0, f"conv_size={self.conv_size}; must be 0 (no convolution) or a width")
         require(
             self.decay is None or not self.features.makes_decay,

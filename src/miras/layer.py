@@ -366,8 +366,10 @@ class MemoryLayer(Mixer):
         return explain(self.design, device=weight.device, dtype=weight.dtype, per_channel=per_channel)
 
     @torch.no_grad()
-    def inspect(self, hidden_states: Tensor) -> dict[str, Tensor]:
+    def inspect(self, hidden_states: Tensor, shared: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """What the memory does at each token of hidden_states [B, T, hidden_size], detached; a token loop, for short T.
+
+        `shared` as in `forward`: what an earlier layer handed on at these tokens.
 
         lr, log_decay, and each gate by name: [B, T, H] (or [B, T, H, C]; with n micro-steps a token [B, T * n, ...])
         loss_before, loss_after: [B, T, H], the inner loss at (k_t, v_t) with W_{t-1} and with W_t, W = link(A)
@@ -380,7 +382,7 @@ class MemoryLayer(Mixer):
 
         require(self.design.parametric, f"{self.design.learning.kind} keeps no fast weights: nothing to inspect")
         uses, _ = self._uses(hidden_states, None, None, keep=False)
-        stream = self._stream(uses, _positions(hidden_states, None, None), None)
+        stream = self._stream(uses, _positions(hidden_states, None, None), shared)
         return inspect_stream(self.design, self._weights(), stream)
 
     def extra_repr(self) -> str:

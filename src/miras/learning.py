@@ -8,7 +8,7 @@ matrices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -210,6 +210,7 @@ class OmegaMuon(Muon):
     """
 
     window: int = 4
+    steps: int = field(default=5, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.choice import Gate, require
+from miras.choice import Gate, require, require_one_of
 from miras.inputs import GATE_ACTIVATIONS, Features, GateMap, Output, Sigmoid, Softplus
 from miras.memory import Memory
 from miras.packing import Packing
@@ -139,6 +139,11 @@ def default_map(gate: Gate) -> GateMap:
 
 def projection(hidden_size: int, width: int, rank: int | None, between: str | None, bias: bool = False) -> nn.Module:
     """A linear projection, of low rank if `rank` is given, with the activation `between` in its middle."""
+    require_one_of("between", between, (*GATE_ACTIVATIONS, None))
+    require(rank is None or rank >= 1, f"rank={rank}; must be at least 1, or None for full rank")
+    require(
+        rank is not None or between is None, f"between={between!r} stands in the middle of a low-rank projection: give rank"
+    )
     if rank is None:
         return nn.Linear(hidden_size, width, bias=bias)
     return LowRank(hidden_size, rank, width, between, bias)

@@ -102,6 +102,21 @@ def test_refused_checkpoints() -> None:
         from_fla({**config, "use_gate": False}, state)
 
 
+@pytest.mark.parametrize("kind", sorted(LAYOUTS))
+def test_what_is_lacking_is_named(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"the {kind} checkpoint lacks '"):
+        from_fla({"model_type": kind}, {})
+
+
+def test_configurations_that_do_not_fit() -> None:
+    config = CONFIGS["mamba2"]
+    state = checkpoint(config)
+    with pytest.raises(ValueError, match="the configuration is a list; it must be a mapping"):
+        from_fla([config], state)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"in_proj has \d+ rows; its configuration asks for \d+"):
+        from_fla({**config, "state_size": 2 * config.get("state_size", 128)}, state)
+
+
 def test_older_rwkv7_files_hold_the_shares_in_one_tensor() -> None:
     config = CONFIGS["rwkv7"]
     state = checkpoint(config)
@@ -140,7 +155,7 @@ def test_folders(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert generated.shape == (2, 12)
     with pytest.raises(SystemExit, match="1"):
         main(["convert", str(source), str(out)])
-    assert "is not empty" in capsys.readouterr().err
+    assert "is not an empty folder" in capsys.readouterr().err
 
 
 def test_empty_folders(tmp_path: Path) -> None:

@@ -267,3 +267,13 @@ def test_named_models(name: str, build: Build) -> None:
             p -= 1e-3 * p.grad / p.grad.norm()
     assert float(model(x, labels=x).loss.detach()) < float(loss.detach())
     assert model.eval().generate(x, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 23)
+
+
+def test_reentrant_checkpointing_is_refused_where_layers_share(build: Build) -> None:
+    """It would lose the gradients of the first layer's values, which RWKV-7's later layers mix in."""
+    with pytest.raises(ValueError, match=r"use_reentrant=True would lose gradients"):
+        build(models.rwkv7()).activation_checkpointing_enable({"use_reentrant": True})
+    for design, reentrant in ((models.rwkv7(), False), (models.gla(), True)):
+        model = build(design)
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        assert model.model.gradient_checkpointing

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from miras import models
+from miras.lm import MirasConfig, MirasForCausalLM
 from miras.report import write_report
 from miras.report.inspection import inspect_memory
 from miras.report.page import _pieces
@@ -102,6 +104,13 @@ def test_inspection_keeps_what_it_can() -> None:
     surprise = found.surprise()
     assert surprise is not None
     assert surprise.tolist() == pytest.approx([1.0, 2 / 3, 1 / 3, 0.0])
+
+
+def test_layers_that_read_what_earlier_ones_share_are_inspected() -> None:
+    config = MirasConfig(models.rwkv7(), vocab_size=20, hidden_size=16, num_hidden_layers=2, num_heads=2)
+    found = inspect_memory(MirasForCausalLM(config), [5, 6, 7, 8])
+    assert [layer.name for layer in found.layers] == ["model.layers.0.attn", "model.layers.1.attn"]
+    assert found.notes == []
 
 
 class Bytes:

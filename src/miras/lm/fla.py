@@ -56,9 +56,13 @@ def from_fla(config: Config, state: State) -> MirasForCausalLM:
         ValueError: a model type without a converter, an option that changes the maths and has none, tensors that are
             missing, unknown, or of another size.
     """
+    require(isinstance(config, Mapping), f"the configuration is a {type(config).__name__}; it must be a mapping")
     kind = str(config.get("model_type"))
     require(kind in LAYOUTS, f"model_type={kind!r} has no converter; there is one for: {', '.join(sorted(LAYOUTS))}")
-    layout = LAYOUTS[kind](config, state)
+    try:
+        layout = LAYOUTS[kind](config, state)
+    except KeyError as error:
+        raise ValueError(f"the {kind} checkpoint lacks {error}, a tensor or an entry of its configuration") from error
     wide = any(x.dtype == torch.float64 for x in state.values())
     model = MirasForCausalLM(MirasConfig(design=layout.design, **layout.sizes))
     model = model.double() if wide else model
@@ -95,12 +99,12 @@ def convert_folder(folder: str | Path, out: str | Path) -> MirasForCausalLM:
     """Write the Miras model of a checkpoint's folder, and the tokenizer that lies in it, to `out`; returns the model.
 
     Raises:
-        FileExistsError: `out` holds something already.
+        FileExistsError: `out` holds something already, or is a file.
         FileNotFoundError, ValueError: as `load_fla`.
     """
     out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty; give a new folder")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} is not an empty folder; give a new one")
     model = load_fla(folder)
     model.save_pretrained(out)
     for path in (path for pattern in TOKENIZER_FILES for path in sorted(Path(folder).glob(pattern))):
@@ -349,6 +353,8 @@ def _mamba2(config: Config, state: State) -> Layout:
         return dict(zip((f"v_{part}", f"k_{part}", f"q_{part}"), x.split((inner, keys, keys)), strict=True))
 
     def projected(x: Tensor) -> dict[str, Tensor]:
+        width = 2 * inner + 2 * keys + inner // head_dim
+        require(len(x) == width, f"in_proj has {len(x)} rows; its configuration asks for {width}")
         gate, conv, dt = x.split((inner, inner + 2 * keys, inner // head_dim))
         return {"gate": gate, "dt": dt, **convolved(conv, "proj")}
 

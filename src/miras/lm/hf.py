@@ -69,6 +69,13 @@ class MirasPreTrainedModel(PreTrainedModel):
             if isinstance(module, MemoryLayer) and module.design.inputs.aligned:
                 init.copy_(module.q_proj.weight, module.k_proj.weight[: module.q_proj.out_features])
 
+    def _set_gradient_checkpointing(self, *args: Any, **kwargs: Any) -> None:
+        options: dict[str, Any] = getattr(kwargs.get("gradient_checkpointing_func"), "keywords", {})
+        designs = (self.config.layer_design(i) for i in range(self.config.num_hidden_layers))
+        if options.get("use_reentrant") and any(p.inputs.features.shares for design in designs for p in design.parts):
+            raise ValueError("use_reentrant=True would lose gradients of what this model's layers share; set it to False")
+        super()._set_gradient_checkpointing(*args, **kwargs)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Hugging Face's `from_pretrained`; marks what must not have weight decay in the loaded parameters too."""

@@ -14,7 +14,7 @@ from typing import Any
 from miras.bias import Bias
 from miras.choice import Choice
 from miras.design import LayerDesign, Pattern
-from miras.inputs import Inputs
+from miras.inputs import Features, GateMap, Inputs, Output
 from miras.learning import Learning
 from miras.memory import Memory
 from miras.models.attention import swa, transformer
@@ -93,6 +93,11 @@ NAMED: dict[str, Callable[..., LayerDesign | Pattern]] = {
 """Every named model by its name."""
 
 
+CHOICES: dict[str, type[Choice]] = {"memory": Memory, "bias": Bias, "retention": Retention, "learning": Learning}
+INPUTS: dict[str, type[Choice]] = {"features": Features, "rate": GateMap, "decay": GateMap, "output": Output}
+"""Fields of a design, and of its inputs, that are choices, and of which family."""
+
+
 def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
     """A named model, with overrides that may be dictionaries, as recipes give them.
 
@@ -107,17 +112,28 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
         raise ValueError(
             f"no model {name!r}; allowed: {', '.join(sorted(NAMED))}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    families: dict[str, type[Choice]] = {"memory": Memory, "bias": Bias, "retention": Retention, "learning": Learning}
-    for field, value in overrides.items():
-        if isinstance(value, Mapping) and field in families:
-            overrides[field] = families[field].from_dict(value)
-    if isinstance(overrides.get("inputs"), Mapping):
-        own = NAMED[name]().parts[0].inputs.to_dict()
-        overrides["inputs"] = Inputs.from_dict({**own, **overrides["inputs"]})
+    overrides = _chosen(overrides, CHOICES)
+    inputs = overrides.get("inputs")
     try:
+        if isinstance(inputs, Mapping):
+            # The model's own inputs depend on what else is given: its arguments, `refresh`.
+            own = NAMED[name](**{field: value for field, value in overrides.items() if field != "inputs"}).parts[0].inputs
+            gates = inputs.get("gates", own.gates)
+            chosen = {**_chosen(inputs, INPUTS), "gates": _chosen(gates, dict.fromkeys(gates, GateMap))}
+            overrides["inputs"] = Inputs.from_dict({**own.to_dict(), **chosen})
         return NAMED[name](**overrides)
     except TypeError as error:
         raise ValueError(
             f"model {name!r}: {error}; a design has memory, bias, retention, learning, refresh, link_at, "
             "gradient_at, anchor and inputs"
         ) from error
+
+
+def _chosen(fields: Mapping[str, Any], families: Mapping[str, type[Choice]]) -> dict[str, Any]:
+    """The fields, with choices in the place of dictionaries of them."""
+    return {
+        field: families[field].from_dict({key: item for key, item in value.items() if key != "family"})
+        if isinstance(value, Mapping) and field in families
+        else value
+        for field, value in fields.items()
+    }

@@ -39,14 +39,14 @@ class Inspection:
 
 @torch.no_grad()
 def inspect_memory(model: PreTrainedModel, ids: list[int]) -> Inspection:
-    """Run the model over `ids` and ask every layer that offers `inspect(hidden_states)` for its measures.
+    """Run the model over `ids` and ask every layer that offers `inspect(hidden_states, shared)` for its measures.
 
     A layer that cannot be inspected becomes a note, not an error: a report should not fail on one figure.
     """
     layers: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if callable(getattr(module, "inspect", None))
     ]
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, tuple[Any, ...]] = {}
     hooks = [module.register_forward_pre_hook(_keep(seen, name), with_kwargs=True) for name, module in layers]
     was_training = model.training
     try:
@@ -61,7 +61,7 @@ def inspect_memory(model: PreTrainedModel, ids: list[int]) -> Inspection:
         if name not in seen:  # A part of a layer that offers it too.
             continue
         try:
-            found = {key: _by_head(value) for key, value in module.inspect(seen[name]).items() if key in MEASURES}
+            found = {key: _by_head(value) for key, value in module.inspect(*seen[name]).items() if key in MEASURES}
         except (NotImplementedError, ValueError, KeyError) as error:
             notes.append(f"{name}: {error}")
             continue
@@ -70,9 +70,11 @@ def inspect_memory(model: PreTrainedModel, ids: list[int]) -> Inspection:
     return Inspection(ids, traces, notes)
 
 
-def _keep(seen: dict[str, Tensor], name: str) -> Any:
+def _keep(seen: dict[str, tuple[Any, ...]], name: str) -> Any:
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        seen[name] = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        hidden = keywords["hidden_states"] if "hidden_states" in keywords else arguments[0]
+        shared = keywords.get("shared")
+        seen[name] = (hidden,) if shared is None else (hidden, shared)
 
     return hook
 
