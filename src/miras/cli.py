@@ -56,14 +56,23 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Score all of this corpus instead of the held-out text.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of context (default: as in training).")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
+    stream: Annotated[
+        Path | None, typer.Option(help="Score this text file as one document, in blocks of block-size.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print loss, perplexity and bits a byte on held-out text."""
-    from miras.evals.checkpoint import evaluate_checkpoint
+    from miras.evals.checkpoint import evaluate_checkpoint, evaluate_text
 
     _set_up()
+    if stream is not None and data is not None:
+        raise ValueError("give --data or --stream, not both: a stream is one text file, scored as one document")
     model, tokenizer = _load(checkpoint)
-    score = evaluate_checkpoint(checkpoint, model, tokenizer, data, block_size, batch_size)
+    if stream is not None:
+        data = str(stream)
+        score = evaluate_text(model, tokenizer, stream, block_size or 2048)
+    else:
+        score = evaluate_checkpoint(checkpoint, model, tokenizer, data, block_size, batch_size)
     if as_json:
         print(json.dumps(score.to_dict() | {"checkpoint": str(checkpoint), "data": data or "held out"}))
         return
