@@ -88,5 +88,5 @@ def test_errors_are_one_message(
 
 def test_help_names_the_commands() -> None:
     shown = subprocess.run([sys.executable, "-m", "miras.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "eval", "generate", "report"):
+    for command in ("train", "eval", "generate", "report", "bench"):
         assert command in shown.stdout

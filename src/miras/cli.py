@@ -1,4 +1,4 @@
-"""The command line: `miras train`, `miras eval`, `miras generate`, `miras report`."""
+"""The command line: `miras train`, `miras eval`, `miras generate`, `miras report`, `miras bench`."""
 
 from __future__ import annotations
 
@@ -112,6 +112,52 @@ def report(
     _set_up()
     others = sorted(path.parent for path in runs[0].glob("compare/*/result.json"))
     _write_report([*runs, *(path for path in others if path not in runs)], out or runs[0] / "report.html")
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A named model, for example yaad.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of its design, for example bias.kind=L2.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 2,
+    tokens: Annotated[str, typer.Option(help="Tokens of each; several lengths by commas.")] = "2048",
+    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    refresh: Annotated[str | None, typer.Option(help="Refresh windows by commas (default: the model's).")] = None,
+    mode: Annotated[str, typer.Option(help="By commas: forward, forward+backward, decode.")] = "forward,forward+backward",
+    peers: Annotated[
+        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, fla.")
+    ] = "floor,ttt-mlp,sdpa",
+    path: Annotated[list[str] | None, typer.Option(help="A path of the engine to measure too; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: PyTorch's).")] = None,
+    repeats: Annotated[int, typer.Option(help="Times that each is measured, in turn.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a process of its own.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them into this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Measure a memory: time, FLOP rate and peak memory, beside its bare matrix products and other people's code."""
+    from miras.bench.command import run_bench
+
+    run_bench(
+        model,
+        overrides or [],
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        refresh=refresh,
+        mode=mode,
+        peers=peers,
+        paths=path or [],
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        memory=memory,
+        json_file=json_file,
+        plot_file=plot,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
