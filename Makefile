@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check format clean
+.PHONY: quickstart test test-slow check bench-check format clean
 
 quickstart: $(STAMP)
 	$(BIN)/miras train recipes/quickstart.yaml
@@ -19,6 +19,10 @@ check: test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
+
+# Speed, as ratios within one run, against benchmarks/baseline.json.
+bench-check: $(STAMP)
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/check.py
 
 format: $(STAMP)
 	$(BIN)/ruff format

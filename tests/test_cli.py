@@ -41,6 +41,15 @@ def test_train_eval_generate_report(recipe_file: Path, tmp_path: Path) -> None:
     other = RUNNER.invoke(app, ["eval", run, "--data", str(tmp_path / "other.txt")], catch_exceptions=False)
     assert re.search(r"perplexity +[\d.]+\nbits per byte +[\d.]+\ntokens +[\d,]+ \(460 bytes of", other.output)
 
+    options = ["eval", run, "--stream", str(tmp_path / "other.txt"), "--json", "--block-size"]
+    streamed = [json.loads(RUNNER.invoke(app, [*options, size], catch_exceptions=False).output) for size in ("7", "1000")]
+    assert streamed[0]["text_bytes"] == 460
+    assert streamed[0]["loss"] == pytest.approx(streamed[1]["loss"], rel=1e-5)
+    both = RUNNER.invoke(app, ["eval", run, "--stream", "a.txt", "--data", "b.txt"])
+    assert "give --data or --stream, not both" in str(both.exception)
+    missing = RUNNER.invoke(app, ["eval", run, "--stream", str(tmp_path / "none.txt")])
+    assert isinstance(missing.exception, FileNotFoundError)
+
     options = ["generate", run, "--prompt", "the king", "--max-new-tokens", "5"]
     texts = [
         RUNNER.invoke(app, [*options, *more], catch_exceptions=False).output
@@ -106,5 +115,5 @@ def test_errors_are_one_message(
 
 def test_help_names_the_commands() -> None:
     shown = subprocess.run([sys.executable, "-m", "miras.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "eval", "generate", "report", "table", "explain"):
+    for command in ("train", "eval", "generate", "convert", "report", "table", "explain", "bench"):
         assert command in shown.stdout

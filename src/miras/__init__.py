@@ -18,6 +18,7 @@ from miras.design import Design, MemoryAsContext, MemoryAsGate, Pattern
 from miras.engine import PATHS, AttentionState, MemoryState, explain, memorize
 from miras.layer import MemoryLayer
 from miras.lm import MirasCache, MirasConfig, MirasForCausalLM, MirasModel
+from miras.stream import stream
 
 __version__ = "0.1.0"
 
@@ -44,4 +45,5 @@ __all__ = [
     "memory",
     "models",
     "retention",
+    "stream",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `table` and `explain`."""
+"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `table`, `explain` and `bench`."""
 
 from __future__ import annotations
 
@@ -59,14 +59,23 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Score all of this corpus instead of the held-out text.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens of context (default: as in training).")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows at a time.")] = 16,
+    stream: Annotated[
+        Path | None, typer.Option(help="Score this text file as one document, in blocks of block-size.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print loss, perplexity and bits a byte on held-out text."""
-    from miras.evals.checkpoint import evaluate_checkpoint
+    from miras.evals.checkpoint import evaluate_checkpoint, evaluate_text
 
     _set_up()
+    if stream is not None and data is not None:
+        raise ValueError("give --data or --stream, not both: a stream is one text file, scored as one document")
     model, tokenizer = _load(checkpoint)
-    score = evaluate_checkpoint(checkpoint, model, tokenizer, data, block_size, batch_size)
+    if stream is not None:
+        data = str(stream)
+        score = evaluate_text(model, tokenizer, stream, block_size or 2048)
+    else:
+        score = evaluate_checkpoint(checkpoint, model, tokenizer, data, block_size, batch_size)
     if as_json:
         print(json.dumps(score.to_dict() | {"checkpoint": str(checkpoint), "data": data or "held out"}))
         return
@@ -155,6 +164,52 @@ def explain(
     for line in text.splitlines():
         style = "dim" if line.lstrip().startswith("Source:") else "" if line.startswith(" ") else "bold"
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="A named model, for example yaad.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value of its design, for example bias.kind=L2.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 2,
+    tokens: Annotated[str, typer.Option(help="Tokens of each; several lengths by commas.")] = "2048",
+    heads: Annotated[int, typer.Option(help="Heads.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Width of a head.")] = 64,
+    refresh: Annotated[str | None, typer.Option(help="Refresh windows by commas (default: the model's).")] = None,
+    mode: Annotated[str, typer.Option(help="By commas: forward, forward+backward, decode.")] = "forward,forward+backward",
+    peers: Annotated[
+        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, fla.")
+    ] = "floor,ttt-mlp,sdpa",
+    path: Annotated[list[str] | None, typer.Option(help="A path of the engine to measure too; may be repeated.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads (default: PyTorch's).")] = None,
+    repeats: Annotated[int, typer.Option(help="Times that each is measured, in turn.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory, each in a process of its own.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw them into this file (.png, .svg, .pdf).")] = None,
+) -> None:
+    """Measure a memory: time, FLOP rate and peak memory, beside its bare matrix products and other people's code."""
+    from miras.bench.command import run_bench
+
+    run_bench(
+        model,
+        overrides or [],
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        head_dim=head_dim,
+        refresh=refresh,
+        mode=mode,
+        peers=peers,
+        paths=path or [],
+        dtype=dtype,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        memory=memory,
+        json_file=json_file,
+        plot_file=plot,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

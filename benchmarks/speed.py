@@ -1,0 +1,156 @@
+"""How fast the memories are on this machine: runs the commands of docs/results/speed.md and writes that page.
+
+    python benchmarks/speed.py --out docs/results/speed.md [--threads 2] [--keep runs/speed]
+
+With --keep, sections whose figures are in that folder already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from miras.bench import Measurement, Results, markdown
+from miras.bench.show import machine_line
+
+PLAIN = "titans_lmm learning.kind=GradientDescent"
+ALL = "--peers floor,ttt-mlp,titans-pytorch,sdpa"
+
+SECTIONS: dict[str, tuple[str, str]] = {
+    "plain": (
+        "MLP 64->256->64, L2, gradient descent (Titans without momentum)",
+        f"{PLAIN} --refresh 16,64 {ALL} --repeats 3",
+    ),
+    "momentum": ("The same with momentum (Titans)", "titans_lmm --refresh 16,64 --peers floor --repeats 3"),
+    "yaad": ("Yaad", "yaad --peers floor"),
+    "moneta": ("Moneta", "moneta --peers floor"),
+    "memora": ("Memora", "memora --peers floor"),
+    "refresh1": ("Exact online: refresh 1", f"{PLAIN} --refresh 1 --peers floor --repeats 3"),
+    "delta": ("Gated DeltaNet", "gated_deltanet --peers floor,sdpa"),
+    "link_refresh": ("Moneta's link at window ends, 512 tokens", "moneta --tokens 512 --peers floor"),
+    "link_token": ("Moneta's link at every token, 512 tokens", "moneta link_at=token --tokens 512 --peers floor"),
+    "scaling": (
+        "Sequence length",
+        f"{PLAIN} --refresh 64 --tokens 2048,4096,8192,16384 --mode forward+backward --peers sdpa --repeats 3 --no-memory",
+    ),
+    "decode": (
+        "Decoding 64 tokens after a context",
+        "yaad --tokens 1024,4096,16384 --mode decode --peers floor,sdpa --repeats 3 --no-memory",
+    ),
+}
+"""Per section its heading and the arguments of `miras bench`."""
+
+BOTH = "forward+backward"
+
+
+def measured(arguments: str, threads: int, file: Path) -> Results:
+    """The figures of a section, from its command unless they are there already."""
+    if not file.exists():
+        command = [sys.executable, "-m", "miras.cli", "bench", *shlex.split(arguments)]
+        # Threads that spin while they wait take the cores from one another where other work shares them.
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+        subprocess.run([*command, "--threads", str(threads), "--json", str(file)], check=True, env=environment)
+    return Results.from_dict(json.loads(file.read_text()))
+
+
+def pick(
+    results: Results, name: str, refresh: int | None = None, tokens: int | None = None, mode: str = BOTH
+) -> Measurement:
+    """The one measurement that fits."""
+    return next(
+        m
+        for m in results.measurements
+        if m.name == name and m.mode == mode and refresh in (None, m.case.design.refresh) and tokens in (None, m.case.tokens)
+    )
+
+
+def summary(found: dict[str, Results]) -> list[tuple[str, Measurement, Measurement]]:
+    """Named pairs whose times are divided."""
+    plain, scaling = found["plain"], found["scaling"]
+    rows: list[tuple[str, Measurement, Measurement]] = []
+    for refresh in (16, 64):
+        ours = pick(plain, "miras", refresh)
+        for peer in ("ttt-mlp", "titans-pytorch"):
+            rows.append((f"{peer} / ours, refresh {refresh}", pick(plain, peer, refresh), ours))
+        rows.append((f"ours / floor, refresh {refresh}", ours, pick(plain, "floor", refresh)))
+    long, short = (pick(scaling, "miras", tokens=t) for t in (16384, 2048))
+    rows.append(("ours at 16,384 tokens / ours at 2,048", long, short))
+    rows.append(("sdpa / ours at 16,384 tokens", pick(scaling, "sdpa", tokens=16384), long))
+    ours = pick(plain, "miras", 16)
+    rows.append(("momentum / plain descent, refresh 16 *", pick(found["momentum"], "miras", 16), ours))
+    rows.append(("refresh 1 / refresh 16 *", pick(found["refresh1"], "miras"), ours))
+    links = [pick(found[name], "miras") for name in ("link_token", "link_refresh")]
+    rows.append(("Moneta's link at every token / at window ends *", *links))
+    return rows
+
+
+def page(found: dict[str, Results], threads: int) -> str:
+    """The page."""
+    machines = [machine_line(results) for results in found.values()]
+    lines = ["# Speed", "", HEAD.strip(), "", f"Machine, with its load when each section ended: {machines[0]}"]
+    loads = ", ".join(f"{name} {r.machine['load']:.1f}" for name, r in found.items())
+    lines += [
+        "",
+        f"Loads: {loads}.",
+        "",
+        "## Ratios, forward + backward",
+        "",
+        "| ratio | of medians | of lowest |",
+        "|---|---|---|",
+    ]
+    for name, over, under in summary(found):
+        lowest = min(over.seconds) / min(under.seconds)
+        lines.append(f"| {name} | {over.median / under.median:.2f} | {lowest:.2f} |")
+    lines += ["", "\\* from two sections, which ran one after the other under different loads."]
+    for name, (heading, arguments) in SECTIONS.items():
+        lines += [
+            "",
+            f"## {heading}",
+            "",
+            f"    OMP_WAIT_POLICY=passive miras bench {arguments} --threads {threads}",
+            "",
+            markdown(found[name]),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+HEAD = """
+Time, FLOP rate and peak memory of `miras.memorize` (a layer's memory without its projections) and of its peers, in turn
+within one run. Everything here runs on plain PyTorch operations: there is no fused path yet. B = 2, H = 4, d = 64, float32,
+2,048 tokens unless a command says otherwise. The cores were shared with other work, so absolute times are high and noisy:
+read the ratios, and their spread. The page is written by
+
+    python benchmarks/speed.py --out docs/results/speed.md
+
+- `miras` is our default path; `floor` the same matrix products alone (`torch.bmm` on reused operands; with a backward pass
+  two more a product, and the forward ones once more, as if recomputed); `ttt-mlp` the published formulation of TTT-MLP,
+  written anew in `src/miras/bench/ttt_mlp.py`; `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the
+  refresh (one rate and decay a chunk: coarser, and much faster, than one a token), without its projections of q, k and v;
+  `sdpa` PyTorch's causal attention.
+- ms: median of the repeats, then the lowest and the highest. tokens/s: all sequences together. GFLOP/s: matrix products
+  only, nothing counted twice (the floor's: all that it computes); `of GEMM` divides by the floor's rate. peak MB: resident
+  memory of one repeat above its inputs, in a fresh process. `x miras`: time over ours.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--keep", type=Path, default=Path("runs/speed"))
+    arguments = parser.parse_args()
+    arguments.keep.mkdir(parents=True, exist_ok=True)
+    found = {
+        name: measured(command, arguments.threads, arguments.keep / f"{name}.json")
+        for name, (_, command) in SECTIONS.items()
+    }
+    arguments.out.write_text(page(found, arguments.threads))
+
+
+if __name__ == "__main__":
+    main()
