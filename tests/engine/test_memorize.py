@@ -14,6 +14,7 @@ import miras
 from miras import bias, learning, memory, models, retention
 from miras.design import Design
 from miras.engine import AttentionState, MemoryState
+from miras.kernels import fused
 from tests.problems import Problem, assert_close, differentiable, random_problem, run, sliced
 
 YAAD = Design(memory.MLP(2, 2.0), bias.Huber("norm"), retention.L2(), learning.GradientDescent(), refresh=4)
@@ -213,7 +214,9 @@ def test_refused_paths() -> None:
         "recurrent": "refresh=1 only",
     }
     for path, reason in refusals.items():
-        with pytest.raises(ValueError, match=rf"path='{path}' refuses this design: .*{reason}.*able: frozen, reference"):
+        with pytest.raises(
+            ValueError, match=rf"path='{path}' refuses this design: .*{reason}.*able: fused, frozen, reference"
+        ):
             run(problem, path=path)
     with pytest.raises(ValueError, match="no fast weights; able: attention"):
         run(random_problem(ATTENTION), path="reference")
@@ -227,23 +230,28 @@ class StepByStep(learning.GradientDescent):
 
 
 EXPLAINED = {
-    "triangular": (DELTA, {"attention", "frozen"}),
-    "substituted": (replace(YAAD, refresh=1), {"attention", "triangular", "frozen"}),
-    "frozen": (YAAD, {"attention", "triangular", "substituted", "recurrent"}),
+    "triangular": (DELTA, {"attention", "fused", "frozen"}),
+    "substituted": (replace(YAAD, refresh=1), {"attention", "triangular", "fused", "frozen"}),
+    "fused": (YAAD, {"attention", "triangular", "substituted", "recurrent"}),
+    "frozen": (
+        replace(YAAD, memory=memory.Matrix()),
+        {"attention", "triangular", "substituted", "fused", "recurrent"},
+    ),
     "recurrent": (
         replace(YAAD, refresh=1, retention=retention.KL()),
-        {"attention", "triangular", "substituted", "frozen"},
+        {"attention", "triangular", "substituted", "fused", "frozen"},
     ),
     "reference": (
         replace(YAAD, learning=StepByStep()),
-        {"attention", "triangular", "substituted", "frozen", "recurrent"},
+        {"attention", "triangular", "substituted", "fused", "frozen", "recurrent"},
     ),
-    "attention": (ATTENTION, {"triangular", "substituted", "frozen", "recurrent", "reference"}),
+    "attention": (ATTENTION, {"triangular", "substituted", "fused", "frozen", "recurrent", "reference"}),
 }
 
 
 @pytest.mark.parametrize("path", miras.PATHS)
-def test_explain(path: str) -> None:
+def test_explain(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "has_compiler", lambda: True)
     design, refused = EXPLAINED[path]
     found = miras.explain(design, device="cpu", dtype=torch.bfloat16)
     assert found.path == path

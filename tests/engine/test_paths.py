@@ -11,6 +11,7 @@ from miras import PATHS, bias, explain, learning, memory, retention
 from miras.choice import Choice
 from miras.design import Design
 from miras.engine import chunk, dispatch
+from miras.kernels import fused
 from tests.problems import assert_close, assert_same, outcome, random_problem, run
 from tests.table import DESIGN_FIELDS, FACTORS, TABLE, Row, legal
 
@@ -20,7 +21,18 @@ def able(design: Design) -> list[str]:
     return [path for path in PATHS if path != "reference" and path not in explain(design).refusals]
 
 
-PAIRS = [(row, path) for row in TABLE for path in able(row.design)]
+PAIRS = [
+    # Tracing a window takes a second or more.
+    pytest.param(row, path, marks=pytest.mark.slow if path == "fused" else [])
+    for row in TABLE
+    for path in able(row.design)
+]
+
+
+@pytest.fixture(autouse=True)
+def single_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the fused path take one window a step, of which a row has few."""
+    monkeypatch.setattr(fused, "STEP_LENGTH", 1)
 
 
 @pytest.mark.parametrize(("row", "path"), PAIRS, ids=lambda x: str(x))
@@ -31,7 +43,7 @@ def test_path_equals_reference(row: Row, path: str) -> None:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "TILES", {"triangular": 4, "substituted": 3, "frozen": 3})
+    monkeypatch.setattr(dispatch, "TILES", {"triangular": 4, "substituted": 3, "fused": 3, "frozen": 3})
     monkeypatch.setattr(dispatch, "CHANNEL_TILE", 2)
     monkeypatch.setattr(chunk, "MAX_RUN", 2)
 

@@ -53,18 +53,20 @@ class Slots:
 
 def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tuple[Tensor, MemoryState]:
     """Outputs [B, H, N, V] and the final state by `path` (frozen, triangular, substituted or recurrent)."""
-    phase = int(state.phase[0])
     scan = Slots({name: list(x.unbind(2)) for name, x in state.slots.items()}, dict(state.point))
-    outputs = []
-    for run in plan_runs(problem.num_steps, phase, problem.design.refresh, tile):
-        out = _RunScan(problem, run, path).scan(scan)
-        outputs.append(out)
+    out = run_blocks(problem, scan, int(state.phase[0]), path, tile)
     final = MemoryState(
         {name: torch.stack(z, dim=2) for name, z in scan.slots.items()},
         scan.point,
         (state.phase + problem.num_steps) % problem.design.refresh,
     )
-    return torch.cat(outputs, dim=2), final
+    return out, final
+
+
+def run_blocks(problem: Problem, scan: Slots, phase: int, path: str, tile: int) -> Tensor:
+    """Outputs [B, H, N, V] of all steps from `phase` on, moving the scan's state to the end."""
+    runs = plan_runs(problem.num_steps, phase, problem.design.refresh, tile)
+    return torch.cat([_RunScan(problem, run, path).scan(scan) for run in runs], dim=2)
 
 
 def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:

@@ -17,11 +17,12 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
+from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
 
-PATHS = ("attention", "triangular", "substituted", "frozen", "recurrent", "reference")
+PATHS = ("attention", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
-TILES = {"triangular": 64, "substituted": 32, "frozen": 64, "recurrent": 1}
+TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
 CHANNEL_TILE = 16
 """Largest block where gates per channel or per-token weights make a block's work quadratic in it."""
 
@@ -64,21 +65,32 @@ def refusal(path: str, design: Design) -> str | None:
             return f"memory {design.memory.kind} is not linear in its weights"
         if path == "triangular" and design.bias.slope == "general":
             return f"the gradient of bias {design.bias.kind} is not affine"
-    if path == "frozen" and design.refresh == 1:
+    if path in ("fused", "frozen") and design.refresh == 1:
         return "refresh=1: gradients move at every step"
     if path == "recurrent" and design.refresh > 1:
         return "blocks of one step are needed with refresh=1 only"
-    return None
+    return unfit(design) if path == "fused" else None
 
 
-def plan(design: Design, path: str | None = None, per_channel: bool = False) -> Plan:
-    """Choose the first path that accepts the design, or check the one asked for.
+def plan(
+    design: Design,
+    path: str | None = None,
+    per_channel: bool = False,
+    *,
+    device: torch.device | None = None,
+    work: int | None = None,
+    packed: bool = False,
+) -> Plan:
+    """Choose the first path that accepts the design and pays for `work` (see `work_of`), or check the one asked for.
 
     Raises:
         ValueError: unknown path, or one that refuses the design.
     """
     refusals = {name: reason for name in PATHS if (reason := refusal(name, design)) is not None}
     if path is None:
+        reason = unprofitable(device or torch.device("cpu"), work, packed=packed, per_channel=per_channel)
+        if reason is not None:
+            refusals.setdefault("fused", reason)
         path = next(name for name in PATHS if name not in refusals)
     elif path not in PATHS:
         raise ValueError(f"path={path!r}; allowed: {', '.join(PATHS)}, or None to choose")
@@ -86,7 +98,7 @@ def plan(design: Design, path: str | None = None, per_channel: bool = False) -> 
         able = [name for name in PATHS if name not in refusals]
         raise ValueError(f"path={path!r} refuses this design: {refusals[path]}; able: {', '.join(able)}")
     tile = TILES.get(path, 1)
-    if path == "frozen":
+    if path in ("fused", "frozen"):
         tile = min(tile, design.refresh)
         assert design.retention is not None
         if design.link_at == "token" and not design.retention.identity:
@@ -99,12 +111,12 @@ def explain(
 ) -> Plan:
     """Which path runs a design and why the others refused; print it.
 
-    No path depends on device or dtype yet (all are PyTorch); half-precision inputs are computed in float32.
+    Of the paths only "fused" depends on the device and on the amount of work: what is said of it holds for long sequences,
+    and short ones run as "frozen". Half-precision inputs are computed in float32.
     """
-    torch.device(device)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
-    return plan(design, per_channel=per_channel)
+    return plan(design, per_channel=per_channel, device=torch.device(device))
 
 
 def memorize(
@@ -153,7 +165,8 @@ def memorize(
     if check:
         check_values(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
-    chosen = plan(design, path, per_channel)
+    work = work_of(design, k, v) if design.parametric else 0
+    chosen = plan(design, path, per_channel, device=k.device, work=work, packed=cu_seqlens is not None)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is not None:
         check_state(initial_state, design, rows, k, v)
@@ -232,7 +245,10 @@ def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: 
         lengths = bounds.diff()
         problem, source = _unpack(problem, bounds)
     run = run_reference
-    if chosen.path != "reference":
+    if chosen.path == "fused":
+        compiled = unprofitable(problem.k.device, work_of(problem.design, problem.k, problem.v)) is None
+        run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
+    elif chosen.path != "reference":
         run = functools.partial(run_chunks, path=chosen.path, tile=chosen.tile)
     if state is None:
         state = problem.initial_state()

@@ -1,0 +1,289 @@
+"""The fused path: whole windows of the block-parallel engine as one compiled step with a compiled pull-back.
+
+    (o, z')      = step(x, w, z)            a few windows: inputs x, weights w, slots z at the start, z' at the end
+    (dx, dw, dz) = pull(x, w, z, do, dz')   its vector-Jacobian product, the step itself recomputed inside
+
+Both are traced once for each shape from the engine (`engine/chunk.py`) and torch's own derivatives into plain graphs of
+tensor operations, so nothing here knows any choice's formula, and torch.compile fuses all that stands between the matrix
+products. One autograd function scans the step over the sequence; it keeps the inputs and the slots before every step.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch._inductor
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from miras.design import Design
+from miras.engine.chunk import Slots, run_blocks, run_chunks
+from miras.engine.problem import MemoryState, Problem
+from miras.memory import WeightShape
+
+STEP_LENGTH = 16
+"""Fewest gradient steps a compiled step takes, where a window has fewer: below it calls cost more than they do."""
+
+MAX_WINDOW = 256
+"""Longest window that is compiled as one step: its graph grows with the number of its blocks."""
+
+MIN_WORK = 2**28
+"""Products of a weight and an input that are worth the tens of seconds of compiling, once a shape (cached on disk)."""
+
+Graph = Callable[..., Sequence[Tensor]]
+
+
+class Spec(NamedTuple):
+    """What a graph is specialised to in one input."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Step:
+    """`length` gradient steps of a design, from one window's start to another's end, on flat lists of tensors.
+
+    sequences: q, k, v, lr, log_decay, then gates by name; shared: weights by name, then slow parameters; slots: those of
+    the first weight, of the second, and so on. Steps are equal if the `facts` of their designs are.
+    """
+
+    design: Design = field(compare=False)
+    facts: tuple[object, ...]
+    shapes: tuple[tuple[str, WeightShape], ...]
+    gates: tuple[str, ...]
+    slow: tuple[str, ...]
+    length: int
+    tile: int
+    compiled: bool
+
+    @property
+    def num_sequences(self) -> int:
+        return 5 + len(self.gates)
+
+    @property
+    def num_inputs(self) -> int:
+        """Sequences and shared tensors."""
+        return self.num_sequences + len(self.shapes) + len(self.slow)
+
+    def __call__(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        """Outputs [B, H, length, V], then the slots at the end."""
+        shapes, names, count = dict(self.shapes), [name for name, _ in self.shapes], self.design.learning.slots
+        tensors = iter(flat)
+        q, k, v, lr, log_decay = (next(tensors) for _ in range(5))
+        gates, weights, slow = ({name: next(tensors) for name in group} for group in (self.gates, names, self.slow))
+        problem = Problem(self.design, q, k, v, lr, log_decay, gates, weights, slow, shapes)
+        slots = {name: [next(tensors) for _ in range(count)] for name in names}
+        scan = Slots(slots, {name: z[0] for name, z in slots.items()})
+        out = run_blocks(problem, scan, 0, "frozen", self.tile)
+        return (out, *(z for name in names for z in scan.slots[name]))
+
+
+def run_fused(problem: Problem, state: MemoryState, tile: int, compiled: bool, handed: bool) -> tuple[Tensor, MemoryState]:
+    """Outputs [B, H, N, V] and the final state: whole windows fused, what is left at either end block by block.
+
+    A state that was `handed` over may have a graph in which its slots and its gradient point are apart; the first window,
+    read from both, then stays out too.
+    """
+    refresh, total = problem.design.refresh, problem.num_steps
+    start = min(-int(state.phase[0]) % refresh, total)
+    if start == 0 and handed and any(x.requires_grad for x in state.point.values()):
+        start = min(refresh, total)
+    length = refresh * -(-STEP_LENGTH // refresh)
+    stop = start + (total - start) // length * length
+    pieces: list[Tensor] = []
+    for begin, end in ((0, start), (start, stop), (stop, total)):
+        if begin == end:
+            continue
+        part = problem.mapped(lambda x, begin=begin, end=end: x[:, :, begin:end])
+        if begin == start and end == stop:
+            out, state = _run_windows(part, state, length, tile, compiled)
+        else:
+            out, state = run_chunks(part, state, "frozen", tile)
+        pieces.append(out)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2), state
+
+
+def facts_of(design: Design) -> tuple[object, ...]:
+    """What of a design the engine's arithmetic depends on at refresh > 1."""
+    return (design.memory, design.bias, design.retention, design.learning, design.refresh, design.link_at, design.anchor)
+
+
+def unfit(design: Design) -> str | None:
+    """Why whole windows of a design with frozen gradients cannot be traced; None where they can."""
+    assert design.memory is not None and design.retention is not None
+    if design.memory.linear:
+        return f"memory {design.memory.kind} is linear: it has little between its products to fuse"
+    if design.link_at == "token" and not design.retention.identity:
+        return f"retention {design.retention.kind} is linked at every token, which forms weights a token"
+    if design.refresh > MAX_WINDOW:
+        return f"refresh={design.refresh}: windows of more than {MAX_WINDOW} steps are not compiled as a whole"
+    try:
+        hash(facts_of(design))
+    except TypeError as error:
+        return f"its compiled graphs are kept by design, and one of its choices cannot be hashed ({error})"
+    return None
+
+
+def unprofitable(
+    device: torch.device, work: int | None = None, *, packed: bool = False, per_channel: bool = False
+) -> str | None:
+    """Why compiling would not pay here; None where it does, or where the `work` (see `work_of`) is not known."""
+    if device.type != "cpu":
+        return f"it has been measured on CPUs only, not on {device.type}"
+    if not has_compiler():
+        return "no C++ compiler (g++ or clang++, or the one in $CXX), which torch.compile needs on a CPU"
+    if per_channel:
+        return "with rates or decays per channel a window is too many small blocks to compile as a whole"
+    if packed:
+        return "packed sequences end apart, and every number of rows would be compiled anew"
+    if work is not None and work < MIN_WORK:
+        return f"{work:.1e} products of a weight and an input are not worth compiling for ({MIN_WORK:.1e} are)"
+    return None
+
+
+def work_of(design: Design, k: Tensor, v: Tensor) -> int:
+    """Products of a weight and an input in one pass over a sequence with keys k [B, *, *, K] and values v [B, *, *, V]."""
+    assert design.memory is not None
+    shapes = design.memory.weights(k.shape[-1], v.shape[-1])
+    return k.shape[:3].numel() * sum(shape.d_in * shape.d_out for shape in shapes.values())
+
+
+@functools.cache
+def has_compiler() -> bool:
+    """Whether torch.compile finds a C++ compiler."""
+    return any(shutil.which(name) is not None for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+
+
+def _run_windows(problem: Problem, state: MemoryState, length: int, tile: int, compiled: bool) -> tuple[Tensor, MemoryState]:
+    """The same for whole windows from a window's start."""
+    step = Step(
+        problem.design,
+        facts_of(problem.design),
+        tuple(problem.shapes.items()),
+        tuple(problem.gates),
+        tuple(problem.slow),
+        length,
+        tile,
+        compiled,
+    )
+    sequences = [problem.q, problem.k, problem.v, problem.lr, problem.log_decay, *problem.gates.values()]
+    slots = [z for name in problem.shapes for z in state.slots[name].unbind(2)]
+    out, *ends = _Scan.apply(step, *sequences, *problem.weights.values(), *problem.slow.values(), *slots)
+    count = problem.design.learning.slots
+    final = {name: ends[i * count : (i + 1) * count] for i, name in enumerate(problem.shapes)}
+    return out, MemoryState(
+        {name: torch.stack(z, dim=2) for name, z in final.items()},
+        {name: z[0] for name, z in final.items()},
+        state.phase * 0,
+    )
+
+
+class _Scan(torch.autograd.Function):
+    """A step over the sequence, and its pull-back in reverse."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, *flat: Tensor) -> tuple[Tensor, ...]:
+        sequences, shared, slots = _split(step, flat)
+        blocks = [_blocks(x, step.length) for x in sequences]
+        graph = _forward_graph(step, _specs([*(x[0] for x in blocks), *shared, *slots]))
+        ctx.step, kept, learned = step, [], any(ctx.needs_input_grad)
+        outputs = torch.empty_like(blocks[2])
+        for index in range(len(outputs)):
+            kept += slots if learned else []
+            outputs[index], *slots = graph(*(x[index] for x in blocks), *shared, *slots)
+        if learned:
+            ctx.save_for_backward(*sequences, *shared, *kept)
+        return (_sequence(outputs), *slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, *grad_slots: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        step: Step = ctx.step
+        sequences, shared, kept = _split(step, ctx.saved_tensors)
+        blocks, grad_blocks = [_blocks(x, step.length) for x in sequences], _blocks(grad_out, step.length)
+        needed = tuple(ctx.needs_input_grad[1 : 1 + step.num_inputs])
+        count, carried = len(grad_slots), [x.contiguous() for x in grad_slots]
+        graph = _backward_graph(step, _specs([*(x[0] for x in blocks), *shared, *kept[:count]]), needed)
+        found = [torch.empty_like(x) if need else None for x, need in zip(blocks, needed, strict=False)]
+        found += [torch.zeros_like(x) if need else None for x, need in zip(shared, needed[len(blocks) :], strict=True)]
+        for index in reversed(range(len(grad_blocks))):
+            slots = kept[index * count : (index + 1) * count]
+            grads = graph(*(x[index] for x in blocks), *shared, *slots, grad_blocks[index], *carried)
+            carried = list(grads[-count:])
+            totals = [(place, x) for place, x in enumerate(found) if x is not None]
+            for (place, total), grad in zip(totals, grads, strict=False):
+                if place < len(blocks):
+                    total[index] = grad
+                else:
+                    total += grad
+        back = [None if x is None else _sequence(x) for x in found[: len(blocks)]]
+        return (None, *back, *found[len(blocks) :], *carried)
+
+
+def _split(step: Step, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Sequences, shared tensors and slots of a flat list."""
+    a, b = step.num_sequences, step.num_inputs
+    return list(flat[:a]), [x.contiguous() for x in flat[a:b]], [x.contiguous() for x in flat[b:]]
+
+
+def _blocks(x: Tensor, length: int) -> Tensor:
+    """[B, H, N, ...] -> [n, B, H, length, ...]."""
+    return x.unflatten(2, (-1, length)).movedim(2, 0).contiguous()
+
+
+def _sequence(x: Tensor) -> Tensor:
+    """[n, B, H, length, ...] -> [B, H, N, ...]."""
+    return x.movedim(0, 2).flatten(2, 3)
+
+
+def _specs(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
+    return tuple(Spec(tuple(x.shape), x.dtype, x.device) for x in tensors)
+
+
+@functools.lru_cache(maxsize=64)
+def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph:
+    """The step as a graph of tensor operations."""
+    return _graph(step, _examples(specs), step.compiled)
+
+
+@functools.lru_cache(maxsize=64)
+def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...]) -> Graph:
+    """Its pull-back: gradients in the inputs that need one, then in all slots."""
+    examples = _examples(specs)
+
+    def pull(*flat: Tensor) -> tuple[Tensor, ...]:
+        inputs = [x.detach() for x in flat[: len(specs)]]
+        leaves = [x.requires_grad_() for x, need in zip(inputs, needed, strict=False) if need]
+        leaves += [x.requires_grad_() for x in inputs[step.num_inputs :]]
+        with torch.enable_grad():
+            reached = [(x, grad) for x, grad in zip(step(*inputs), flat[len(specs) :], strict=True) if x.requires_grad]
+            results, grads = zip(*reached, strict=True)
+            return torch.autograd.grad(results, leaves, grads, materialize_grads=True)
+
+    with torch.no_grad():
+        return _graph(pull, [*examples, *(torch.zeros_like(x) for x in step(*examples))], step.compiled)
+
+
+def _examples(specs: Sequence[Spec]) -> list[Tensor]:
+    return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in specs]
+
+
+def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
+    """The operations that a function of tensors laid out as the examples does, its results laid out by rows too."""
+    with torch.no_grad():
+        traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)))(*examples)
+        traced.graph.eliminate_dead_code()
+        traced.recompile()
+        if not compiled:
+            return traced
+        # Past dynamo, which has nothing to trace here and whose guards would be checked at every call.
+        return cast(Graph, torch._inductor.compile(traced, list(examples)))
