@@ -10,6 +10,7 @@ from torch import Tensor
 from miras import bias, inputs, learning, memory, models, retention
 from miras.describe import Section, describe, describe_named, formula, label, parts, sections, source, summary
 from miras.design import Design, Pattern
+from miras.kernels import fused
 
 GATED_DELTANET = """\
 At each token t
@@ -136,10 +137,14 @@ def test_scaled_queries_and_token_shifts_are_told() -> None:
     assert "token shift" not in lines(models.gla())
 
 
-def test_the_path_and_the_faster_ones() -> None:
+@pytest.mark.parametrize("compiler", [False, True])
+def test_the_path_and_the_faster_ones(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this machine runs."""
+    monkeypatch.setattr(fused, "has_compiler", lambda: compiler)
     found = lines(models.moneta())
-    assert found["path"] == ["frozen, in blocks of 16 gradient steps"]
-    assert [name for name in found if name.startswith("not ")] == ["not attention", "not triangular", "not substituted"]
+    assert found["path"] == [f"{'fused' if compiler else 'frozen'}, in blocks of 16 gradient steps"]
+    faster = ["not attention", "not triangular", "not substituted", *([] if compiler else ["not fused"])]
+    assert [name for name in found if name.startswith("not ")] == faster
     assert found["not triangular"] == ["the link of retention LqRms is not the identity"]
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from miras.choice import Choice
 from miras.cost import Cost, measure, state_formula
 from miras.design import Design
-from miras.engine import PATHS
+from miras.engine import PATHS, explain
 from miras.inputs import GateMap
 from miras.models import NAMED, named
 from miras.modules import default_map
@@ -76,7 +76,7 @@ def sections(design: Design, head_dim: int = 64) -> tuple[Section, ...]:
         Section("Choices", _choices(design)),
         Section("At each token t", _recurrence(design) if design.parametric else _attention(design)),
         Section("Inputs, from the hidden state x_t", _inputs(design)),
-        Section("Engine", _path(cost)),
+        Section("Engine", _path(design)),
         Section(f"A head of {head_dim} channels", _sizes(design, cost)),
     )
 
@@ -274,11 +274,12 @@ def _gate(name: str, symbol: str, gate: GateMap, projection: str) -> Line:
     return _line(name, f"{symbol} = {text},  {number}, {kind}", gate)
 
 
-def _path(cost: Cost) -> tuple[Line, ...]:
-    """The path that runs, and why each faster one refuses."""
-    runs = cost.plan.path + (f", in blocks of {cost.plan.tile} gradient steps" if cost.plan.tile > 1 else "")
-    faster = PATHS[: PATHS.index(cost.plan.path)]
-    return (Line("path", runs), *(Line(f"not {name}", cost.plan.refusals[name]) for name in faster))
+def _path(design: Design) -> tuple[Line, ...]:
+    """The path that runs long sequences on this machine, and why each faster one refuses."""
+    plan = explain(design, per_channel=design.parametric and design.inputs.per_channel)
+    runs = plan.path + (f", in blocks of {plan.tile} gradient steps" if plan.tile > 1 else "")
+    faster = PATHS[: PATHS.index(plan.path)]
+    return (Line("path", runs), *(Line(f"not {name}", plan.refusals[name]) for name in faster))
 
 
 def _sizes(design: Design, cost: Cost) -> tuple[Line, ...]:

@@ -297,6 +297,12 @@ class Inputs(Choice):
         require(min(ratios) > 0, f"key_ratio={ratios[0]}, value_ratio={ratios[1]}; must be positive")
         require(self.key_heads is None or self.key_heads >= 1, f"key_heads={self.key_heads}; must be at least 1, or None")
 
+    @property
+    def per_channel(self) -> bool:
+        """Whether there is one rate or decay a channel, by a gate map or by the features."""
+        maps = any(gate is not None and gate.per_channel for gate in (self.rate, self.decay))
+        return maps or self.features.per_channel
+
 
 def unit(x: Tensor) -> Tensor:
     """x / ||x|| over the last axis, with UNIT_EPS."""

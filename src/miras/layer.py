@@ -361,8 +361,7 @@ class MemoryLayer(Mixer):
     def explain(self) -> Any:
         """Which of the engine's paths this layer runs on, and why the others refuse."""
         inputs, weight = self.design.inputs, self.o_proj.weight
-        maps = any(gate is not None and gate.per_channel for gate in (inputs.rate, inputs.decay))
-        per_channel = self.design.parametric and (maps or inputs.features.per_channel)
+        per_channel = self.design.parametric and inputs.per_channel
         return explain(self.design, device=weight.device, dtype=weight.dtype, per_channel=per_channel)
 
     @torch.no_grad()

@@ -119,6 +119,25 @@ def test_graphs_are_traced_once_a_shape() -> None:
 
 
 @pytest.mark.usefixtures("small")
+@dataclass(frozen=True)
+class Branching(bias.Bias):
+    """A user's bias whose Python depends on the numbers, so that no graph holds for all of them."""
+
+    def loss(self, y: Tensor, v: Tensor, gates: bias.Gates) -> Tensor:
+        e = y - v
+        return e.square().sum(-1) if bool(e.abs().max() < 1) else e.abs().sum(-1)
+
+
+def test_what_cannot_be_traced_runs_as_frozen_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "MIN_WORK", 0)
+    problem = problem_of(replace(PLAIN, bias=Branching()), tokens=40)
+    expected = outcome(problem, path="frozen")
+    with pytest.warns(UserWarning, match="path 'fused' cannot run this design here, which runs as 'frozen': "):
+        assert_same(outcome(problem), expected)
+    with pytest.raises(ValueError, match="path='fused' cannot run this design here"):
+        run(problem, path="fused")
+
+
 def test_second_derivatives_are_refused() -> None:
     tracked, found = differentiable(problem_of(PLAIN))
     (grad,) = torch.autograd.grad(probe(run(tracked, path="fused")[0]), found["v"], create_graph=True)

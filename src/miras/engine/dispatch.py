@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
-from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
+from miras.kernels.fused import Untraceable, run_fused, unfit, unprofitable, work_of
 
 PATHS = ("attention", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
@@ -185,7 +186,14 @@ def memorize(
     # The inner gradients need autograd, which inference mode forbids; leaving it alone would switch the outer graph on.
     with torch.inference_mode(False), torch.set_grad_enabled(learned), _no_autocast(q.device.type):
         past = None if initial_state is None else initial_state.map(_tracked)
-        out, state = _run(_tracked_problem(problem), chosen, past, cu_seqlens)
+        problem = _tracked_problem(problem)
+        try:
+            out, state = _run(problem, chosen, past, cu_seqlens)
+        except Untraceable as error:
+            if path is not None:
+                raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
+            warnings.warn(f"path 'fused' cannot run this design here, which runs as 'frozen': {error}", stacklevel=2)
+            out, state = _run(problem, plan(design, "frozen", per_channel), past, cu_seqlens)
     return out.to(v.dtype), state if output_final_state else None
 
 

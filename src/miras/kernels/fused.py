@@ -40,6 +40,10 @@ MIN_WORK = 2**28
 Graph = Callable[..., Sequence[Tensor]]
 
 
+class Untraceable(RuntimeError):
+    """A step that could not be traced or compiled here, and why."""
+
+
 class Spec(NamedTuple):
     """What a graph is specialised to in one input."""
 
@@ -194,8 +198,12 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, step: Step, *flat: Tensor) -> tuple[Tensor, ...]:
         sequences, shared, slots = _split(step, flat)
         blocks = [_blocks(x, step.length) for x in sequences]
-        graph = _forward_graph(step, _specs([*(x[0] for x in blocks), *shared, *slots]))
+        specs = _specs([*(x[0] for x in blocks), *shared, *slots])
+        graph = _made(_forward_graph(step, specs))
         ctx.step, kept, learned = step, [], any(ctx.needs_input_grad)
+        if learned:
+            # Made here, where one that cannot be has another path to go to.
+            _made(_backward_graph(step, specs, _needed(ctx, step)))
         outputs = torch.empty_like(blocks[2])
         for index in range(len(outputs)):
             kept += slots if learned else []
@@ -210,9 +218,9 @@ class _Scan(torch.autograd.Function):
         step: Step = ctx.step
         sequences, shared, kept = _split(step, ctx.saved_tensors)
         blocks, grad_blocks = [_blocks(x, step.length) for x in sequences], _blocks(grad_out, step.length)
-        needed = tuple(ctx.needs_input_grad[1 : 1 + step.num_inputs])
+        needed = _needed(ctx, step)
         count, carried = len(grad_slots), [x.contiguous() for x in grad_slots]
-        graph = _backward_graph(step, _specs([*(x[0] for x in blocks), *shared, *kept[:count]]), needed)
+        graph = _made(_backward_graph(step, _specs([*(x[0] for x in blocks), *shared, *kept[:count]]), needed))
         found = [torch.empty_like(x) if need else None for x, need in zip(blocks, needed, strict=False)]
         found += [torch.zeros_like(x) if need else None for x, need in zip(shared, needed[len(blocks) :], strict=True)]
         for index in reversed(range(len(grad_blocks))):
@@ -227,6 +235,17 @@ class _Scan(torch.autograd.Function):
                     total += grad
         back = [None if x is None else _sequence(x) for x in found[: len(blocks)]]
         return (None, *back, *found[len(blocks) :], *carried)
+
+
+def _needed(ctx: Any, step: Step) -> tuple[bool, ...]:
+    """Which inputs need a gradient."""
+    return tuple(ctx.needs_input_grad[1 : 1 + step.num_inputs])
+
+
+def _made(graph: Graph | Untraceable) -> Graph:
+    if isinstance(graph, Untraceable):
+        raise graph
+    return graph
 
 
 def _split(step: Step, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -250,13 +269,13 @@ def _specs(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
 
 
 @functools.lru_cache(maxsize=64)
-def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph:
-    """The step as a graph of tensor operations."""
+def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph | Untraceable:
+    """The step as a graph of tensor operations, or why there is none (kept too, so that it is tried once)."""
     return _graph(step, _examples(specs), step.compiled)
 
 
 @functools.lru_cache(maxsize=64)
-def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...]) -> Graph:
+def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...]) -> Graph | Untraceable:
     """Its pull-back: gradients in the inputs that need one, then in all slots."""
     examples = _examples(specs)
 
@@ -277,7 +296,15 @@ def _examples(specs: Sequence[Spec]) -> list[Tensor]:
     return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in specs]
 
 
-def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
+def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph | Untraceable:
+    """`_compiled`, or what a choice's own code or the compiler had against it."""
+    try:
+        return _compiled(function, examples, compiled)
+    except Exception as error:
+        return Untraceable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _compiled(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
     """The operations that a function of tensors laid out as the examples does, its results laid out by rows too."""
     with torch.no_grad():
         traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)))(*examples)
