@@ -118,7 +118,6 @@ def test_graphs_are_traced_once_a_shape() -> None:
     assert before == (fused._forward_graph.cache_info().misses, fused._backward_graph.cache_info().misses)
 
 
-@pytest.mark.usefixtures("small")
 @dataclass(frozen=True)
 class Branching(bias.Bias):
     """A user's bias whose Python depends on the numbers, so that no graph holds for all of them."""
@@ -138,6 +137,7 @@ def test_what_cannot_be_traced_runs_as_frozen_and_says_so(monkeypatch: pytest.Mo
         run(problem, path="fused")
 
 
+@pytest.mark.usefixtures("small")
 def test_second_derivatives_are_refused() -> None:
     tracked, found = differentiable(problem_of(PLAIN))
     (grad,) = torch.autograd.grad(probe(run(tracked, path="fused")[0]), found["v"], create_graph=True)
