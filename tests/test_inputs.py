@@ -32,6 +32,7 @@ from miras.inputs import (
 )
 from miras.layer import MemoryLayer
 from tests.problems import assert_close
+from tests.test_choice import GATES
 
 SHAPE = (2, 3)
 
@@ -75,6 +76,16 @@ def test_ranges_and_gradients(gate: GateMap, low: float, high: float) -> None:
     assert low <= float(found.detach().min()) <= float(found.detach().max()) <= high
     gradients = torch.autograd.grad(found.sum(), [x, *values.values()])
     assert all(torch.isfinite(g).all() and float(g.abs().max()) > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+def test_decays_are_never_positive(gate: GateMap) -> None:
+    """The declared fact, at projections and positions far out; what does not declare it is positive somewhere."""
+    shape = (3, 3) if gate.per_channel else (3,)
+    p = {name: value.double() for name, value in gate.parameters(shape).items()}
+    x = torch.linspace(-50, 50, 40, dtype=torch.float64) if gate.projected else torch.arange(40.0, dtype=torch.float64)
+    found = gate(x.view(-1, *[1] * len(shape)).expand(40, *shape), p)
+    assert bool((found <= 0).all()) == gate.decays
 
 
 def test_formulas_of_gates() -> None:
@@ -198,6 +209,8 @@ def test_features_keep_dtype() -> None:
         (lambda: Inputs(activation="gelu"), "activation='gelu'; allowed: 'silu', None"),
         (lambda: Inputs(weight_std=-0.1), "weight_std=-0.1; must not be negative"),
         (lambda: Inputs(Discretized()), "features Discretized make the decay themselves: leave decay=None"),
+        (lambda: Inputs(decay=Sigmoid()), "is no log-decay: it can be positive"),
+        (lambda: Inputs(decay=Constant(0.1)), "is no log-decay"),
         (lambda: Inputs(key_ratio=0.0), "key_ratio=0.0, value_ratio=1.0; must be positive"),
         (lambda: Inputs(key_heads=0), "key_heads=0; must be at least 1"),
         (lambda: Inputs(conv_size=0, conv_bias=True), "conv_bias=True needs a convolution"),

@@ -34,6 +34,7 @@ class FixedDecay(GateMap):
     scale: float = 1.0
 
     projected: ClassVar[bool] = False
+    decays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_one_of("FixedDecay schedule", self.schedule, ("retnet", "slopes"))
@@ -61,6 +62,8 @@ class BoundedDecay(GateMap):
 
     Source: RWKV-7 (arXiv 2503.14456) Sec. 4.1; the spread is that of its published code in the middle of the network.
     """
+
+    decays: ClassVar[bool] = True
 
     @property
     def symbols(self) -> str:

@@ -18,13 +18,14 @@ from miras.choice import Choice, require
 class GateMap(Choice, abstract=True):
     """A gate as a function of a linear projection x of the hidden state, one number per head or per channel.
 
-    Facts: `projected` is False when the gate depends on a token's position only. `per_channel` asks for C numbers a head
-    instead of one, `rank` for a low-rank projection (None: full), `between` for an activation in the middle of it.
-    Its `symbols` are the gate in terms of x and its parameters.
+    Facts: `projected` is False when the gate depends on a token's position only, `decays` says that it is never positive, as
+    a log-decay must be. `per_channel` asks for C numbers a head instead of one, `rank` for a low-rank projection (None:
+    full), `between` for an activation in the middle of it. Its `symbols` are the gate in terms of x and its parameters.
     """
 
     family: ClassVar[str] = "gate map"
     projected: ClassVar[bool] = True
+    decays: ClassVar[bool] = False
 
     per_channel: bool = field(default=False, kw_only=True)
     rank: int | None = field(default=None, kw_only=True)
@@ -51,6 +52,10 @@ class Constant(GateMap):
     value: float = 1.0
 
     projected: ClassVar[bool] = False
+
+    @property
+    def decays(self) -> bool:  # type: ignore[override]
+        return self.value <= 0
 
     @property
     def symbols(self) -> str:
@@ -112,6 +117,8 @@ class LogDecay(GateMap):
     `horizon` is the number of tokens after which an untouched memory has kept 1/e. Source: GLA (arXiv 2312.06635) Eq. 4.
     """
 
+    decays: ClassVar[bool] = True
+
     horizon: float = 256.0
     temperature: float = 1.0
 
@@ -138,6 +145,8 @@ class MambaDecay(GateMap):
     Per channel dt_bias is too, A_log stays one a head.
     Source: Gated DeltaNet (arXiv 2412.06464), after Mamba2; per channel Kimi Linear (arXiv 2510.26692) Sec. 3.
     """
+
+    decays: ClassVar[bool] = True
 
     @property
     def symbols(self) -> str:

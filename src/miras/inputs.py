@@ -290,6 +290,11 @@ class Inputs(Choice):
             self.decay is None or not self.features.makes_decay,
             f"features {self.features.kind} make the decay themselves: leave decay=None, got {self.decay!r}",
         )
+        require(
+            self.decay is None or self.decay.decays,
+            f"decay={self.decay!r} is no log-decay: it can be positive, and the memory would grow; use LogDecay(), or a map "
+            "of your own that declares `decays`",
+        )
         require(self.conv_size > 0 or not self.conv_bias, "conv_bias=True needs a convolution; conv_size is 0")
         require_one_of("activation", self.activation, ("silu", None))
         require(self.weight_std >= 0, f"weight_std={self.weight_std}; must not be negative")
