@@ -100,6 +100,15 @@ def test_a_simplex_over_one_input_is_refused(single: memory.Memory, simplex: ret
     Design(single, bias.L2(), retention.SignedKL(), learning.GradientDescent())
 
 
+def test_features_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="InContext make the gates ridge; bias L2 and learning MultiStep read none"):
+        models.rwkv7(bias=bias.L2())
+    with pytest.raises(ValueError, match=r"make 2 steps a token, learning GradientDescent\(\) takes 1"):
+        models.rwkv7(learning=learning.GradientDescent())
+    with pytest.raises(ValueError, match=r"Discretized make one decay a key, learning MultiStep\(n=2\) takes one a token"):
+        models.mamba2(learning=learning.MultiStep(2))
+
+
 def test_facts() -> None:
     titans = Design(memory.MLP(), bias.Huber(), retention.L2(), learning.Momentum())
     assert [gate.name for gate in titans.gates] == ["delta", "mu"]

@@ -15,7 +15,6 @@ from miras.bias import L2, Huber, Robust
 from miras.design import Design, Pattern
 from miras.engine import memorize
 from miras.engine.chunk import run_chunks
-from miras.features import InContext
 from miras.inputs import Constant, Inputs, LogDecay, Output, Sigmoid, Softplus
 from miras.layer import LayerState, MemoryLayer, default_map
 from miras.learning import GradientDescent, Momentum, MultiStep, NonParametric
@@ -273,7 +272,6 @@ def test_every_initial_value_is_restored() -> None:
         ({"key_heads": 3}, "key_heads=3 must divide num_heads=2"),
         ({"output": Output(groups=3)}, "groups=3 must divide num_heads=2"),
         ({"value_ratio": 2.0}, "key width 8 must equal value width 16"),
-        ({"features": InContext()}, r"make 2 steps a token, learning GradientDescent\(\) takes 1"),
     ],
 )
 def test_illegal_widths(change: dict[str, Any], message: str) -> None:

@@ -67,6 +67,21 @@ class Design(Choice):
             f"bias {self.bias.kind} takes an implicit step, which has a closed form for a linear memory only; got "
             f"{self.memory.kind}. Use Matrix(), or the bias without its envelope",
         )
+        features, read = self.inputs.features, {gate.name for gate in self.gates}
+        require(
+            set(features.supplies) <= read,
+            f"features {features.kind} make the gates {', '.join(features.supplies)}; bias {self.bias.kind} and learning "
+            f"{self.learning.kind} read {', '.join(sorted(read)) or 'none'}",
+        )
+        made, steps = features.makes_steps, self.learning.micro_steps
+        require(
+            made in (0, steps),
+            f"features {features.kind} make {made} steps a token, learning {self.learning} takes {steps}",
+        )
+        require(
+            not features.makes_decay or steps == 1,
+            f"features {features.kind} make one decay a key, learning {self.learning} takes one a token",
+        )
         maps = (self.inputs.features, self.inputs.rate, self.inputs.decay, *self.inputs.gates.values())
         for item in maps:
             length = None if item is None else item.restarts

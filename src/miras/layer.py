@@ -103,11 +103,6 @@ class MemoryLayer(Mixer):
             num_heads % self.key_heads == 0,
             f"key_heads={self.key_heads} must divide num_heads={num_heads}",
         )
-        made, steps = design.inputs.features.makes_steps, design.learning.micro_steps
-        require(
-            made in (0, steps),
-            f"features {design.inputs.features.kind} make {made} steps a token, learning {design.learning} takes {steps}",
-        )
         self._add_projections(norm_eps)
         self._add_features(first)
         if design.parametric:

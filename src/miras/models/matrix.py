@@ -182,8 +182,8 @@ def _ungated(negative_eigenvalues: bool) -> Inputs:
 
 def _online(bias: Bias, inputs: Inputs, **changes: Any) -> Design:
     """A matrix memory that learns exactly online, from zero."""
-    base = Design(Matrix(), bias, Decay(), GradientDescent(), refresh=1, anchor="origin", inputs=inputs)
-    return replace(base, **changes)
+    own: dict[str, Any] = {"learning": GradientDescent(), "refresh": 1, "anchor": "origin"}
+    return Design(Matrix(), bias, Decay(), inputs=inputs, **{**own, **changes})
 
 
 def _beta(negative_eigenvalues: bool) -> Sigmoid:
