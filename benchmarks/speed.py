@@ -122,8 +122,8 @@ def page(found: dict[str, Results], threads: int) -> str:
 HEAD = """
 Time, FLOP rate and peak memory of `miras.memorize` (a layer's memory without its projections) and of its peers, in turn
 within one run. Deep memories run on the path that `miras explain` names. B = 2, H = 4, d = 64, float32,
-2,048 tokens unless a command says otherwise. The cores were shared with other work, so absolute times are high and noisy:
-read the ratios, and their spread. The page is written by
+2,048 tokens unless a command says otherwise. Where the loads below are above the number of threads, other work shared the
+cores: read ratios within a section, and their spread. The page is written by
 
     python benchmarks/speed.py --out docs/results/speed.md
 
