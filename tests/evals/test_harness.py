@@ -1,0 +1,204 @@
+"""The harness' scores are those of the logits, whatever the padding and the batch; what it cannot do, it says first."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from miras.evals import harness
+from miras.evals.harness import HarnessModel, Row, run_tasks, save
+from tests.evals.tasks import QUESTIONS, log_likelihood, make, make_words_tokenizer, write_multiple_choice, write_task
+
+NAMES = ("yaad", "moneta", "memora", "titans_lmm", "gated_deltanet", "transformer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return make_words_tokenizer()
+
+
+@pytest.fixture(autouse=True)
+def _own_data_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("MIRAS_CACHE", str(tmp_path / "miras"))
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def _request(*args: Any) -> SimpleNamespace:
+    return SimpleNamespace(args=args)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text)["input_ids"]
+
+
+def _by_hand(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[float]]:
+    """Each question's choices: the separator, the prompt, then what the choice adds."""
+    scores = []
+    for row in QUESTIONS:
+        context = _ids(tokenizer, row["input"])
+        assert context[0] == tokenizer.bos_token_id
+        whole = [_ids(tokenizer, f"{row['input']} {choice}") for choice in row["choices"]]
+        scores.append([log_likelihood(model, context, ids[len(context) :]) for ids in whole])
+    return scores
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_likelihoods_do_not_depend_on_the_batch(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make(name, tokenizer)
+    want = [score for scores in _by_hand(model, tokenizer) for score in scores]
+    assert len({round(x, 6) for x in want}) == len(want)
+    requests = [_request(row["input"], f" {choice}") for row in QUESTIONS for choice in row["choices"]]
+    for batch_size in (1, 3, 12):
+        got = HarnessModel(model, tokenizer, batch_size).loglikelihood(requests, disable_tqdm=True)
+        assert [x for x, _ in got] == pytest.approx(want, abs=1e-9)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_accuracies_are_those_of_the_logits(batch_size: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    write_multiple_choice(tmp_path / "tasks")
+    model = make("yaad", tokenizer)
+    scores = _by_hand(model, tokenizer)
+    right = [int(np.argmax(s)) == row["answer"] for s, row in zip(scores, QUESTIONS, strict=True)]
+    by_length = [
+        int(np.argmax([x / len(choice) for x, choice in zip(s, row["choices"], strict=True)])) == row["answer"]
+        for s, row in zip(scores, QUESTIONS, strict=True)
+    ]
+    assert right != by_length
+    model.train()
+    rows = run_tasks(model, tokenizer, ["questions"], batch_size=batch_size, include=tmp_path / "tasks")
+    assert model.training
+    chance = (2 / 3 + 3 / 2) / 5
+    want = {"acc": np.mean(right), "acc_norm": np.mean(by_length)}
+    assert {row.metric: row.value for row in rows} == pytest.approx(want)
+    assert all((row.task, row.n, row.chance) == ("questions", 5, pytest.approx(chance)) for row in rows)
+    assert rows[0].stderr == pytest.approx(np.std(right, ddof=1) / math.sqrt(5))
+    limited = run_tasks(model, tokenizer, ["questions"], limit=2, include=tmp_path / "tasks")
+    assert (limited[0].n, limited[0].value) == (2, np.mean(right[:2]))
+    assert limited[0].chance == pytest.approx((1 / 3 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize("block_size", [None, 7])
+def test_documents_are_scored_in_windows_without_the_separator(
+    block_size: int | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    texts = ["the king and the queen do speak of all fair words", "no more than words"]
+    about = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{page}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    }
+    write_task(tmp_path / "tasks", "pages", [{"page": text} for text in texts], about)
+    model = make("yaad", tokenizer)
+    total = 0.0
+    for text in texts:
+        separator, *ids = _ids(tokenizer, text)
+        size = block_size or len(ids)
+        starts = [0] if block_size is None else list(range(0, len(ids) - size + 1, size))
+        for start in starts:
+            before = separator if start == 0 else ids[start - 1]
+            total += log_likelihood(model, [before], ids[start : start + size])
+        rest = len(ids) - (starts[-1] + size if starts else 0)
+        if rest:  # the last window is full too, but only what is new in it counts
+            window = ([separator, *ids])[-(size + 1) :]
+            total += log_likelihood(model, window[: len(window) - rest], window[len(window) - rest :])
+    rows = run_tasks(model, tokenizer, ["pages"], block_size=block_size, include=tmp_path / "tasks")
+    values = {row.metric: row.value for row in rows}
+    words, size = sum(len(text.split()) for text in texts), sum(len(text) for text in texts)
+    want = {"word_perplexity": math.exp(-total / words), "bits_per_byte": -total / size / math.log(2)}
+    assert values == pytest.approx(want, rel=1e-9)
+    assert {row.chance for row in rows} == {None}
+
+
+def test_contexts_have_no_end_unless_one_is_given(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make("gated_deltanet", tokenizer)
+    prompt, choice = "the king and the queen " * 900, " speak"
+    ids, tail = _ids(tokenizer, prompt.strip()), _ids(tokenizer, prompt.strip() + choice)
+    assert len(ids) > 2048
+    new = tail[len(ids) :]
+    for block_size, context in ((None, ids), (9, ids[-(10 - len(new)) :])):
+        [(got, _)] = HarnessModel(model, tokenizer, 1, block_size).loglikelihood(
+            [_request(prompt.strip(), choice)], disable_tqdm=True
+        )
+        assert got == pytest.approx(log_likelihood(model, context, new), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_does_not_depend_on_the_batch(name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make(name, tokenizer)
+    options = {"until": [], "max_gen_toks": 6, "do_sample": False}
+    requests = [_request(row["input"], options) for row in QUESTIONS]
+    alone, together = (
+        HarnessModel(model, tokenizer, batch_size).generate_until(requests, disable_tqdm=True) for batch_size in (1, 5)
+    )
+    for row, text in zip(QUESTIONS, alone, strict=True):
+        ids = torch.tensor([_ids(tokenizer, row["input"])])
+        for _ in range(6):
+            with torch.no_grad():
+                ids = torch.cat((ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)), dim=1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        assert text == tokenizer.decode(ids[0, len(_ids(tokenizer, row["input"])) :], skip_special_tokens=True)
+    assert together == alone
+    assert len(set(alone)) > 1
+
+
+def test_stored_figures_replace_older_ones_of_the_same_task(tmp_path: Path) -> None:
+    old = [Row("a", "acc", 0.5, 0.1, 10, 0.5), Row("b", "word_perplexity", 20.0, None, 3, None)]
+    save(old, tmp_path, {"limit": 10})
+    file = save([Row("a", "acc_norm", 0.75, 0.1, 20, 0.5)], tmp_path, {"limit": None})
+    stored = json.loads(file.read_text())
+    assert file == tmp_path / "evals.json"
+    assert stored["a"]["metrics"] == {"acc_norm": {"value": 0.75, "stderr": 0.1, "chance": 0.5}}
+    assert (stored["a"]["n"], stored["a"]["settings"]["limit"]) == (20, None)
+    assert stored["b"]["metrics"]["word_perplexity"] == {"value": 20.0, "stderr": None, "chance": None}
+
+
+def test_missing_data_and_tasks_are_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, no_network: None) -> None:
+    model = make("yaad", tokenizer)
+    folder = tmp_path / "tasks"
+    write_multiple_choice(folder)
+    hub = {"task": "elsewhere", "dataset_path": "nobody/nothing", "test_split": "test", "output_type": "multiple_choice"}
+    (folder / "elsewhere.yaml").write_text(json.dumps(hub))
+    with pytest.raises(FileNotFoundError, match=r"task elsewhere: its data is not on this machine.*HF_HOME"):
+        run_tasks(model, tokenizer, ["questions", "elsewhere"], include=folder)
+    with pytest.raises(FileNotFoundError, match=r"bigbench_social_iqa.*are not on this machine.*--download.*358 MB"):
+        run_tasks(model, tokenizer, ["bigbench_social_iqa"])
+
+
+@pytest.mark.slow
+def test_the_harness_own_tasks_without_a_network(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, no_network: None
+) -> None:
+    model = make("yaad", tokenizer)
+    with pytest.raises(FileNotFoundError, match="task piqa: its data is not on this machine"):
+        run_tasks(model, tokenizer, ["piqa"])
+    with pytest.raises(ValueError, match=r"no task 'hellaswagg'; did you mean .*hellaswag"):
+        run_tasks(model, tokenizer, ["hellaswagg"])
+    with pytest.raises(ValueError, match="no task 'zzzz'; `lm_eval ls tasks` lists them"):
+        run_tasks(model, tokenizer, ["zzzz"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", list(harness.RULER))
+def test_needles_that_fit_run_and_others_are_refused(task: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = make("gated_deltanet", tokenizer)
+    with pytest.raises(ValueError, match=rf"{task}: its shortest samples take about \d+ tokens.*do not fit 256"):
+        run_tasks(model, tokenizer, [task], ruler_lengths=[4096, 256])
+    rows = run_tasks(model, tokenizer, [task], ruler_lengths=[1536, 2048], limit=1, batch_size=1)
+    assert [(row.metric, row.n) for row in rows] == [("1536", 1)]
+    assert 0 <= rows[0].value <= 1
