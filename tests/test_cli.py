@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from miras.cli import app, main
+from tests.evals.tasks import write_multiple_choice
 from tests.train.conftest import _one_thread, _own_cache, corpus, tiny_recipe  # noqa: F401
 
 RUNNER = CliRunner()
@@ -61,6 +62,27 @@ def test_train_eval_generate_report(recipe_file: Path, tmp_path: Path) -> None:
     reported = RUNNER.invoke(app, ["report", run, "--out", str(tmp_path / "r.html")], catch_exceptions=False)
     assert reported.exit_code == 0
     assert (tmp_path / "r.html").read_text().startswith("<!doctype html>")
+
+
+def test_eval_tasks(recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    run, folder = str(tmp_path / "run"), tmp_path / "tasks"
+    RUNNER.invoke(app, ["train", str(recipe_file), "train.steps=2", "--no-report"], catch_exceptions=False)
+    write_multiple_choice(folder)
+    options = ["eval", run, "--tasks", "questions", "--include-path", str(folder), "--limit", "4"]
+    shown = RUNNER.invoke(app, [*options, "--json"], catch_exceptions=False)
+    acc, acc_norm = json.loads(shown.stdout)["results"]
+    assert (acc["task"], acc["metric"], acc["n"], acc_norm["metric"]) == ("questions", "acc", 4, "acc_norm")
+    stored = json.loads((tmp_path / "run/evals.json").read_text())["questions"]
+    assert stored["metrics"]["acc"]["value"] == acc["value"]
+    assert stored["settings"]["limit"] == 4
+    again = RUNNER.invoke(app, options, catch_exceptions=False)
+    assert re.search(rf"questions +. +acc +. +{acc['value']:.4f} ", again.stdout)
+    assert json.loads((tmp_path / "run/evals.json").read_text())["questions"] == stored
+    both = RUNNER.invoke(app, [*options, "--data", "b.txt"])
+    assert "give --tasks without --data and --stream" in str(both.exception)
+    lengths = RUNNER.invoke(app, [*options, "--ruler-length", "4k"])
+    assert "--ruler-length 4k" in str(lengths.exception)
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,12 +62,23 @@ def evaluate(
     stream: Annotated[
         Path | None, typer.Option(help="Score this text file as one document, in blocks of block-size.")
     ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas, in its place.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
+    include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
+    ruler_length: Annotated[str, typer.Option(help="Tokens of RULER's samples; several lengths by commas.")] = "4096",
+    download: Annotated[bool, typer.Option("--download", help="Fetch the bigbench tasks first (358 MB).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Print loss, perplexity and bits a byte on held-out text."""
+    """Print loss, perplexity and bits a byte on held-out text, or the scores of tasks."""
     from miras.evals.checkpoint import evaluate_checkpoint, evaluate_text
 
     _set_up()
+    if tasks is not None:
+        if stream is not None or data is not None:
+            raise ValueError("give --tasks without --data and --stream: tasks bring their own text")
+        settings = {"limit": limit, "block_size": block_size}
+        _evaluate_tasks(checkpoint, tasks, settings, batch_size, include_path, ruler_length, download, as_json)
+        return
     if stream is not None and data is not None:
         raise ValueError("give --data or --stream, not both: a stream is one text file, scored as one document")
     model, tokenizer = _load(checkpoint)
@@ -250,6 +261,50 @@ def _load(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise FileNotFoundError(f"no model in {checkpoint} (config.json is missing); give a finished run's folder")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(str(checkpoint))
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(checkpoint)
+
+
+def _evaluate_tasks(
+    checkpoint: Path,
+    tasks: str,
+    settings: dict[str, int | None],
+    batch_size: int,
+    include: Path | None,
+    ruler_length: str,
+    download: bool,
+    as_json: bool,
+) -> None:
+    """Run the harness, store the figures beside the checkpoint and print them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from miras.evals import bigbench, harness
+
+    model, tokenizer = _load(checkpoint)
+    if download:
+        logging.getLogger("miras").info(f"fetching bigbench {bigbench.VERSION}: {bigbench.MEGABYTES} MB from PyPI")
+        bigbench.fetch()
+    names = [name.strip() for name in tasks.split(",")]
+    lengths = ruler_length.split(",")
+    if not all(length.strip().isdigit() for length in lengths):
+        raise ValueError(f"--ruler-length {ruler_length} must be whole numbers of tokens, by commas, for example 4096,8192")
+    options: dict[str, Any] = {
+        **settings,
+        "batch_size": batch_size,
+        "include": include,
+        "ruler_lengths": [int(length) for length in lengths],
+    }
+    rows = harness.run_tasks(model, tokenizer, names, **options)
+    file = harness.save(rows, checkpoint, settings)
+    if as_json:
+        print(json.dumps({"checkpoint": str(checkpoint), "results": harness.to_json(rows)}))
+        return
+    table = Table(title=f"Tasks (stored in {file})")
+    for name in ("task", "metric", "value", "stderr", "n", "chance"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for row in rows:
+        figures = ["" if x is None else f"{x:.4f}" for x in (row.value, row.stderr, row.chance)]
+        table.add_row(row.task, row.metric, *figures[:2], f"{row.n:,}", figures[2])
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _write_report(runs: list[Path], out: Path) -> None:
