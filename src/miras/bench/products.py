@@ -220,7 +220,7 @@ class _Block:
 def _attention(case: Case, mode: str) -> list[Product]:
     """Scores and read-outs, `QUERIES` at a time, of the keys that any of them sees."""
     rows, d = case.batch * case.heads, case.head_dim
-    window = getattr(case.design.learning, "window", None)
+    window = case.design.learning.attended
     if mode == "decode":
         starts, size = range(case.tokens, case.tokens + DECODED), 1
     else:

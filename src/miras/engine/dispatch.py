@@ -173,7 +173,7 @@ def memorize(
         check_state(initial_state, design, rows, k, v)
     if not design.parametric:
         assert initial_state is None or isinstance(initial_state, AttentionState)
-        window = getattr(design.learning, "window", None)
+        window = design.learning.attended
         if cu_seqlens is None:
             out, final = run_attention(q, k, v, window, initial_state, weights)
         else:

@@ -222,9 +222,8 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     if not design.parametric:
-        persistent = getattr(design.learning, "persistent", 0)
-        if persistent > 0:
-            _check_persistent(weights, persistent, k, v)
+        if design.learning.num_persistent > 0:
+            _check_persistent(weights, design.learning.num_persistent, k, v)
             weights = {}
         given = [name for name, x in (("weights", weights), ("gates", gates)) if x]
         given += [name for name, x in (("lr", lr), ("log_decay", log_decay)) if x is not None]
