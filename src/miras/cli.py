@@ -157,7 +157,7 @@ def explain(
     from rich.console import Console
 
     from miras.describe import describe_named
-    from miras.train.config import read_overrides
+    from miras.sections import read_overrides
 
     console = Console()
     text = describe_named(model, read_overrides(overrides or []), head_dim, console.width)
