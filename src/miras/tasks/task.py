@@ -56,9 +56,8 @@ class Task(Choice, abstract=True):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class Discrete(Task, abstract=True):
-    """Tokens in, tokens out: cross entropy in nats, and accuracy. Every kind has a `vocab_size`, a field or a property."""
+    """Tokens in, tokens out: cross entropy in nats, and accuracy. Every kind has a `vocab_size`, a field or derived."""
 
     metric: ClassVar[str] = "accuracy"
     vocab_size: int
@@ -74,9 +73,11 @@ class Discrete(Task, abstract=True):
         return {"accuracy": (right, len(wanted)), "loss": (nats, len(wanted))}
 
 
-@dataclass(frozen=True)
 class Continuous(Task, abstract=True):
-    """Vectors in, vectors out: mean squared error over the asked coordinates (targets that are not NaN)."""
+    """Vectors in, vectors out: mean squared error over the asked coordinates (targets that are not NaN).
+
+    Every kind has an `in_width` and an `out_width`, fields or derived.
+    """
 
     metric: ClassVar[str] = "error"
     higher_is_better: ClassVar[bool] = False
