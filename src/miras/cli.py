@@ -1,10 +1,11 @@
-"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `table`, `explain` and `bench`."""
+"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `study`, `table`, `explain` and `bench`."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,6 +129,32 @@ def report(
     _set_up()
     others = sorted(path.parent for path in runs[0].glob("compare/*/result.json"))
     _write_report([*runs, *(path for path in others if path not in runs)], out or runs[0] / "report.html")
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study, for example recipes/studies/recall.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example seeds=[0] train.steps=50.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Its folder (default: the file's `out`).")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: the cores of this machine.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Runs at a time (default: all that fit); 0: in this process, without Ray.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat the runs that failed or diverged.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing: report on the runs there are.")] = False,
+) -> None:
+    """Train every run of a study that is not done yet, and report: tables, tests, figures. Kill and repeat it at will."""
+    from miras.study.config import read_study
+    from miras.study.page import write_study_report
+    from miras.study.runner import run_study
+
+    _set_up()
+    given = [*(overrides or []), *([f"out={out}"] if out else [])]
+    what = read_study(file, given)
+    if not report_only:
+        run_study(what, address, workers, retry)
+    page, markdown = write_study_report(what, shlex.join(["miras", "study", str(file), *given]))
+    print(f"report: {page} and {markdown}")
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,14 @@ class Study:
     baselines  models that every other one is tested against
     ablations  {of: model, revert: {label: {design: ..., ...}}}: the model with one choice changed at a time
     heatmaps   {x: key, y: key, metric: ..., condition: ..., models: [...]}; `evaluate.` before a key of `evaluate`
+    imports    modules to import first: where tasks and choices of your own are defined
     about      a sentence for the report
     """
 
     name: str = ""
     out: str = "runs/studies/${name}"
     about: str = ""
+    imports: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     tasks: dict[str, Any] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=dict)
@@ -125,7 +128,17 @@ def study_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Study:
     """A study from nested mappings and `key=value` overrides. Raises ValueError as `read_study` does."""
     study = sections_from(Study, raw, overrides, "study")
     _check(study)
+    import_all(study.imports)
     return study
+
+
+def import_all(modules: Iterable[str]) -> None:
+    """Import modules, for the tasks and choices that they define. Raises ValueError for one that is not found."""
+    for module in modules:
+        try:
+            import_module(module)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"study: imports names {module}: {error}; is its folder in PYTHONPATH?") from error
 
 
 def ablated(study: Study) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ VERSION = 1
 
 ROOTS = ("train", "size", "task", "design")
 SAME_FOR_ALL = ("steps", "batch_size", "num_tests")  # of `train`: what examples a run sees
+HEATMAP_KEYS = ("x", "y", "metric", "condition", "models")
 MODEL_KEYS = ("name", "design", "train", "size", "axes", "evaluate")
 
 
@@ -112,6 +113,22 @@ def groups(study: Study) -> list[Group]:
         Group(task, size, model, axes_of(merged(study.axes, entry.get("axes", {})), study.search.kind))
         for task, size, (model, entry) in itertools.product(study.tasks, study.sizes or [""], all_models(study).items())
     ]
+
+
+def check_heatmaps(study: Study) -> None:
+    """Refuse heat maps over what does not vary. Raises ValueError."""
+    entries = all_models(study).values()
+    axes = {axis.key for group in groups(study) for axis in group.axes}
+    changes = {f"evaluate.{key}" for entry in entries for key, _ in _flat(merged(study.evaluate, entry.get("evaluate", {})))}
+    allowed = [*sorted(axes | changes), "model"]
+    for entry in study.heatmaps:
+        if not isinstance(entry, Mapping) or not {"x", "y"} <= set(entry) <= set(HEATMAP_KEYS):
+            raise ValueError(
+                f"study: heat map {entry!r}; its keys are {', '.join(HEATMAP_KEYS)}, of which x and y are needed"
+            )
+        for side in ("x", "y"):
+            if entry[side] not in allowed:
+                raise ValueError(f"study: heat map over {entry[side]!r}, which does not vary; allowed: {', '.join(allowed)}")
 
 
 def all_models(study: Study) -> dict[str, dict[str, Any]]:

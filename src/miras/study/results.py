@@ -20,7 +20,7 @@ Settings = tuple[tuple[str, Any], ...]
 
 @dataclass
 class Cell:
-    """The runs of one task, size, model and setting, a seed each; `score` is what it is selected by (None if a run failed)."""
+    """The runs of one task, size, model and setting, a seed each; `score` is what it is selected by, None if one failed."""
 
     task: str
     size: str
@@ -35,12 +35,18 @@ class Cell:
         """Rows of the runs that finished well."""
         return [row for row in self.rows.values() if row.status == "done"]
 
-    def values(self, metric: str, condition: str | None = None, changed: Mapping[str, Any] | None = None) -> dict[int, float]:
+    def values(
+        self, metric: str, condition: str | None = None, changed: Mapping[str, Any] | None = None
+    ) -> dict[int, float]:
         """A metric by seed, under a condition (default: the first), with the settings of `evaluate` given."""
         found: dict[int, float] = {}
         for seed, row in self.rows.items():
             for test in row.tests if row.status == "done" else ():
-                if condition in (None, test["condition"]) and test["settings"] == (changed or {}) and metric in test["metrics"]:
+                if (
+                    condition in (None, test["condition"])
+                    and test["settings"] == (changed or {})
+                    and metric in test["metrics"]
+                ):
                     found.setdefault(seed, test["metrics"][metric])
         return found
 
@@ -90,9 +96,7 @@ class Results:
     @property
     def failures(self) -> list[tuple[Planned, Row]]:
         """Runs that did not finish well."""
-        return [
-            (cell.runs[seed], row) for cell in self.cells for seed, row in cell.rows.items() if row.status != "done"
-        ]
+        return [(cell.runs[seed], row) for cell in self.cells for seed, row in cell.rows.items() if row.status != "done"]
 
     @cached_property
     def rows(self) -> list[Row]:

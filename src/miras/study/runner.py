@@ -12,8 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from miras.study.config import ResourcesSection, Study
-from miras.study.plan import Planned, Run
+from miras.study.config import ResourcesSection, Study, import_all
+from miras.study.plan import Planned, Run, check_heatmaps
 from miras.study.run import Row, execute
 from miras.study.search import batches
 from miras.study.store import Store
@@ -38,6 +38,7 @@ def run_study(study: Study, address: str | None = None, workers: int | None = No
         ValueError: settings that no run could have, before anything has run.
         ImportError: Ray is not installed.
     """
+    check_heatmaps(study)
     store, planned, done = Store(Path(study.out)), [], set[str]()
     (Path(study.out) / "study.yaml").write_text(study.to_yaml(), encoding="utf-8")
 
@@ -46,7 +47,7 @@ def run_study(study: Study, address: str | None = None, workers: int | None = No
         again = retry and row is not None and row.status != "done" and key not in done
         return None if again else row
 
-    with _machine(study.resources, address, workers) as (submit, collect, room):
+    with _machine(study, address, workers) as (submit, collect, room):
         for batch in batches(study, store.get):
             planned += batch
             missing = {item.run.key: item for item in batch if lookup(item.run.key) is None}
@@ -116,10 +117,9 @@ class _Progress:
 
 
 @contextmanager
-def _machine(
-    resources: ResourcesSection, address: str | None, workers: int | None
-) -> Generator[tuple[Submit, Collect, int]]:
+def _machine(study: Study, address: str | None, workers: int | None) -> Generator[tuple[Submit, Collect, int]]:
     """How to submit a run, how to collect one, and how many at a time."""
+    resources, imports = study.resources, study.imports
     commit = commit_here()
     if workers == 0:
         if address is not None:
@@ -153,7 +153,7 @@ def _machine(
         runs: dict[Any, Run] = {}
 
         def submit(run: Run) -> Any:
-            handle = remote.remote(asdict(run), asdict(resources), commit)
+            handle = remote.remote(asdict(run), asdict(resources), commit, imports)
             runs[handle] = run
             return handle
 
@@ -171,8 +171,9 @@ def _machine(
         ray.shutdown()
 
 
-def _remote(run: dict[str, Any], resources: dict[str, Any], commit: str) -> dict[str, Any]:
+def _remote(run: dict[str, Any], resources: dict[str, Any], commit: str, imports: list[str]) -> dict[str, Any]:
     """A run in a worker of Ray."""
+    import_all(imports)
     return asdict(execute(Run(**run), ResourcesSection(**resources), commit))
 
 

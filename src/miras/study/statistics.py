@@ -61,7 +61,7 @@ def estimate(values: Sequence[float], settings: StatisticsSection) -> Estimate:
     return Estimate(mean, float(interval.low), float(interval.high), tuple(values))
 
 
-def compare(model: Mapping[object, float], baseline: Mapping[object, float], settings: StatisticsSection) -> Comparison | None:
+def compare(model: Mapping[int, float], baseline: Mapping[int, float], settings: StatisticsSection) -> Comparison | None:
     """The comparison over the keys (seeds) that both have; None if there are none."""
     keys = [key for key in model if key in baseline]
     if not keys:
@@ -75,9 +75,9 @@ def corrected(comparisons: Sequence[Comparison], settings: StatisticsSection) ->
     tested = [i for i, comparison in enumerate(comparisons) if not math.isnan(comparison.p)]
     if not tested:
         return list(comparisons)
-    adjusted = multipletests([comparisons[i].p for i in tested], method=settings.correction)[1]
-    by_place = dict(zip(tested, adjusted, strict=True))
-    return [replace(c, corrected=float(by_place.get(i, math.nan))) for i, c in enumerate(comparisons)]
+    adjusted = np.full(len(comparisons), math.nan)
+    adjusted[tested] = multipletests([comparisons[i].p for i in tested], method=settings.correction)[1]
+    return [replace(c, corrected=float(p)) for c, p in zip(comparisons, adjusted, strict=True)]
 
 
 def smallest_p(pairs: int, settings: StatisticsSection) -> float:
@@ -101,4 +101,4 @@ def _p_value(differences: np.ndarray, test: str) -> float:
         return float(result.pvalue)
     if np.ptp(differences) == 0.0:
         return 1.0 if differences[0] == 0.0 else math.nan
-    return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return float(stats.ttest_rel(differences, np.zeros_like(differences))[1])

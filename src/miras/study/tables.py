@@ -26,7 +26,10 @@ class Table:
         """As GitHub Markdown, with its title and note."""
         rule = ["---" if column in self.left else "---:" for column in range(len(self.headings))]
         body = [
-            [f"**{text}**" if (row, column) in self.strong else text.replace("|", "\\|") for column, text in enumerate(cells)]
+            [
+                f"**{text}**" if (row, column) in self.strong else text.replace("|", "\\|")
+                for column, text in enumerate(cells)
+            ]
             for row, cells in enumerate(self.rows)
         ]
         lines = "\n".join(f"| {' | '.join(cells)} |" for cells in [list(self.headings), rule, *body])
@@ -59,22 +62,24 @@ def main_table(results: Results) -> Table:
         )
     headings = ["task", *(["size"] if sized else []), "model", *(["selected setting"] if tuned else []), "mean [interval]"]
     headings += ["seeds", "parameters", "tokens", "tokens/s", "peak MB"]
-    selected = " Of several settings the one with the best mean on validation draws is shown, on test draws." if tuned else ""
-    confidence, method = results.study.statistics.confidence, results.study.statistics.interval
+    settings = results.study.statistics
+    selected = " Of several settings the one that is best on validation draws is shown, on test draws." if tuned else ""
     note = (
-        f"Mean over seeds and its {confidence:.0%} {method} bootstrap interval, under each task's first condition. Tokens are "
-        f"those of one run's training; speed is the mean, peak memory the largest, of the whole process.{selected}"
+        f"Mean over seeds and its {settings.confidence:.0%} {settings.interval} bootstrap interval, under each task's first "
+        f"condition. Tokens are those of one run's training; peak memory is the largest of a whole process.{selected}"
     )
     return Table("Results", note, headings, rows, frozenset(strong), frozenset(range(2 + sized + tuned)))
 
 
 def comparison_table(results: Results) -> Table | None:
     """Every model against every baseline, on the same tasks and seeds; one family of tests."""
+    names = results.study.baselines
     pairs = [
         (cell, results.selected[cell.task, cell.size, name])
         for cell in results.selected.values()
-        for name in results.study.baselines
-        if cell.model != name
+        for place, name in enumerate(names)
+        # Two baselines meet once; ablated models have a table of their own.
+        if cell.model in results.study.models and cell.model not in names[: place + 1]
     ]
     return _pairs(results, "Against the baselines", "baseline", [(cell, base, base.model) for cell, base in pairs])
 
@@ -86,7 +91,7 @@ def ablation_table(results: Results) -> Table | None:
         for entry in results.study.ablations:
             if name in [f"{entry['of']}: {label}" for label in entry["revert"]]:
                 found.append((cell, results.selected[task, size, entry["of"]], entry["of"]))
-    return _pairs(results, "Ablation: one choice at a time", "less", found)
+    return _pairs(results, "Ablation: one choice at a time", "original", found)
 
 
 def condition_tables(results: Results) -> list[Table]:
@@ -174,7 +179,7 @@ def _pairs(results: Results, title: str, against: str, pairs: Sequence[tuple[Cel
     found: list[tuple[Cell, Cell, str, Comparison]] = []
     for cell, base, name in pairs:
         metric = results.task(cell.task).metric
-        compared = compare(dict(cell.values(metric)), dict(base.values(metric)), results.study.statistics)
+        compared = compare(cell.values(metric), base.values(metric), results.study.statistics)
         if compared is not None:
             found.append((cell, base, name, compared))
     if not found:
@@ -200,8 +205,8 @@ def _pairs(results: Results, title: str, against: str, pairs: Sequence[tuple[Cel
     test = "paired t-test" if settings.test == "t" else "paired sign-flip permutation test"
     tests = sum(not math.isnan(item.p) for item in family)
     note = (
-        f"Differences of the model {'less the original' if against == 'less' else 'less the baseline'} on the same examples and "
-        f"seeds, with their interval; {test} over seeds, p corrected for {tests} tests ({settings.correction})."
+        f"The model less the {against}, on the same examples and seeds, with the interval of the difference; {test} over "
+        f"seeds, p corrected for {tests} tests ({settings.correction})."
     )
     sized = ["size"] if results.study.sizes else []
     headings = ["task", *sized, "model", against, "difference [interval]", "", "pairs", "p", "corrected p", "same examples"]
@@ -221,12 +226,8 @@ def _alpha(results: Results) -> float:
 
 def _same_examples(cell: Cell, other: Cell) -> bool:
     """Whether both saw the same training inputs, seed by seed."""
-    seeds = set(cell.values(_any_metric(cell))) & set(other.values(_any_metric(other)))
-    return all(cell.rows[seed].examples == other.rows[seed].examples for seed in seeds)
-
-
-def _any_metric(cell: Cell) -> str:
-    return next(iter(cell.done[0].tests[0]["metrics"]))
+    finished = [{row.config["seed"]: row.examples for row in each.done} for each in (cell, other)]
+    return all(finished[0][seed] == finished[1][seed] for seed in set(finished[0]) & set(finished[1]))
 
 
 def _best(results: Results, cells: Sequence[Cell], metric: str, condition: str | None = None) -> Cell | None:
