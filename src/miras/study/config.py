@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,25 @@ def import_all(modules: Iterable[str]) -> None:
             import_module(module)
         except ModuleNotFoundError as error:
             raise ValueError(f"study: imports names {module}: {error}; is its folder in PYTHONPATH?") from error
+
+
+def restricted(study: Study, tasks: Sequence[str] = (), models: Sequence[str] = ()) -> Study:
+    """The part of a study with the tasks and models named, all where none is. Raises ValueError for unknown names."""
+    for key, names, known in (("task", tasks, study.tasks), ("model", models, study.models)):
+        for name in names:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise ValueError(
+                    f"study: no {key} {name!r}; there are {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
+                )
+    kept = [name for name in study.models if not models or name in models]
+    return replace(
+        study,
+        tasks={name: task for name, task in study.tasks.items() if not tasks or name in tasks},
+        models={name: study.models[name] for name in kept},
+        baselines=[name for name in study.baselines if name in kept],
+        ablations=[entry for entry in study.ablations if entry["of"] in kept],
+    )
 
 
 def ablated(study: Study) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from miras.study.config import ResourcesSection, Study, import_all
-from miras.study.plan import Planned, Run, check_heatmaps
+from miras.study.plan import Planned, Run
 from miras.study.run import Row, execute
 from miras.study.search import batches
 from miras.study.store import Store
@@ -38,7 +38,6 @@ def run_study(study: Study, address: str | None = None, workers: int | None = No
         ValueError: settings that no run could have, before anything has run.
         ImportError: Ray is not installed.
     """
-    check_heatmaps(study)
     store, planned, done = Store(Path(study.out)), [], set[str]()
     (Path(study.out) / "study.yaml").write_text(study.to_yaml(), encoding="utf-8")
 
