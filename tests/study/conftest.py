@@ -17,15 +17,15 @@ class TinyEcho(Discrete):
     """Say the token again; tested at other lengths too."""
 
     vocab_size: int = 8
-    length: int = 6
+    num_tokens: int = 6
     lengths: tuple[int, ...] = (12,)
 
     def sample(self, num_examples: int, rng: np.random.Generator) -> Batch:
-        tokens = torch.from_numpy(rng.integers(0, self.vocab_size, (num_examples, self.length)))
+        tokens = torch.from_numpy(rng.integers(0, self.vocab_size, (num_examples, self.num_tokens)))
         return Batch(tokens, tokens)
 
     def tests(self) -> dict[str, "TinyEcho"]:
-        return {"": self} | {f"{n} tokens": replace(self, length=n) for n in self.lengths}
+        return {"": self} | {f"{n} tokens": replace(self, num_tokens=n) for n in self.lengths}
 
 
 @dataclass(frozen=True)

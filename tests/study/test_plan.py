@@ -41,7 +41,7 @@ def test_a_run_is_named_by_all_that_it_is_and_by_nothing_else(tiny: Study) -> No
         "size.parameters=1600",
         "train.num_tests=9",
         "seeds=[5]",
-        "tasks.echo.length=7",
+        "tasks.echo.num_tokens=7",
         "evaluate.design.link_at=[token]",
     ):
         changed = study_from(raw_study(Path("none")), [override])
@@ -51,12 +51,12 @@ def test_a_run_is_named_by_all_that_it_is_and_by_nothing_else(tiny: Study) -> No
 
 
 def test_axes_reach_the_task_the_size_the_training_and_the_design() -> None:
-    axes = {"train.lr": [0.1], "task.length": [9], "size.parameters": [1600], "design.inputs.weight_std": [0.5]}
+    axes = {"train.lr": [0.1], "task.num_tokens": [9], "size.parameters": [1600], "design.inputs.weight_std": [0.5]}
     raw = raw_study(
         Path("none"), axes=axes, models={"Moneta": {"name": "moneta", "axes": {"design.bias.p": [2.0, 1.5]}}}, seeds=[3]
     )
     runs = [item.run for item in planned(study_from(raw))]
-    assert [(run.train["lr"], run.task["length"], run.size["parameters"], run.seed) for run in runs] == [
+    assert [(run.train["lr"], run.task["num_tokens"], run.size["parameters"], run.seed) for run in runs] == [
         (0.1, 9, 1600, 3)
     ] * 2
     assert [run.design["bias"] for run in runs] == [{"family": "bias", **Lp(p).to_dict()} for p in (2.0, 1.5)]
