@@ -1,7 +1,7 @@
 """The report: figures of rows that are made up, selection, failures, and one page that needs nothing from outside."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,12 @@ def test_comparisons_are_paired_by_seed_and_leave_ablations_to_their_table(resul
     assert len(compared.rows) == 2
     ablated = cells(ablation_table(results), model="Delta: no gate", size="small")
     assert (ablated["original"], ablated["difference [interval]"][:15]) == ("Delta", "accuracy -0.200")
+
+
+def test_one_pair_is_no_test(study: Study) -> None:
+    one = collect(replace(study, seeds=[0]), Store(Path(study.out)))
+    row = cells(comparison_table(one), model="Delta", size="small")
+    assert (row[""], row["p"], row["pairs"]) == ("no test", "none", "1")
 
 
 def test_other_examples_are_pointed_out(study: Study, results: Results) -> None:

@@ -215,6 +215,8 @@ def _pairs(results: Results, title: str, against: str, pairs: Sequence[tuple[Cel
 
 def _verdict(results: Results, cell: Cell, compared: Comparison) -> str:
     """Better or worse only where the corrected test says so."""
+    if math.isnan(compared.corrected):
+        return "no test"
     if not compared.corrected < _alpha(results):
         return "not distinguishable"
     return "better" if (compared.difference.mean > 0) == results.task(cell.task).higher_is_better else "worse"
