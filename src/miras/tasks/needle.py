@@ -57,8 +57,8 @@ class Needle(Discrete, abstract=True):
     tokens, the true ones before them given. An answer counts in `accuracy` if all its tokens are right; chance is 0.
     Training takes the corpus's training documents, tests its held-out ones, at the training length and `longer` times it.
 
-    Source: RULER (arXiv 2404.06654), App. B. Its keys are an adjective and a noun of large lists, here of 16 each; its prose
-    is essays with the line breaks removed, here the corpus as it is; it draws one of 40 depths and pads a row with nothing.
+    Source: RULER (arXiv 2404.06654). Its keys are an adjective and a noun of large lists, here of 16 each; its prose is
+    essays without line breaks, here the corpus as it is; it draws one of 40 depths and ends a haystack with a sentence.
     """
 
     source: ClassVar[str] = PAPER
