@@ -19,6 +19,7 @@ from miras.bench.ttt_mlp import ttt_mlp
 from miras.choice import require_one_of
 from miras.engine import PATHS, memorize, plan
 from miras.engine.dispatch import refusal
+from miras.kernels.scan import unusable
 from miras.learning import Momentum
 from miras.memory import NORM_EPS
 
@@ -82,10 +83,13 @@ class Ours(Contender):
     def refusal(self, case: Case, mode: str) -> str | None:
         if self.path == "reference" and case.tokens > REFERENCE_TOKENS:
             return f"one token at a time; give at most {REFERENCE_TOKENS} tokens"
-        return None if self.path is None else refusal(self.path, case.design)
+        if self.path == "triton" and (reason := unusable(torch.device(case.device))) is not None:
+            return reason
+        return None if self.path is None else refusal(self.path, case.design, products.memory_widths(case))
 
     def describe(self, case: Case) -> str:
-        chosen = plan(case.design, self.path, products.per_channel_gates(case.design))
+        device = torch.device(case.device)
+        chosen = plan(case.design, self.path, products.per_channel_gates(case.design), device=device)
         blocks = f", blocks of {chosen.tile}" if chosen.tile > 1 else ""
         return f"{self.about} ({chosen.path}{blocks})"
 

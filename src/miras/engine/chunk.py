@@ -66,7 +66,12 @@ def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tu
 def run_blocks(problem: Problem, scan: Slots, phase: int, path: str, tile: int) -> Tensor:
     """Outputs [B, H, N, V] of all steps from `phase` on, moving the scan's state to the end."""
     runs = plan_runs(problem.num_steps, phase, problem.design.refresh, tile)
-    return torch.cat([_RunScan(problem, run, path).scan(scan) for run in runs], dim=2)
+    return torch.cat([scan_run(problem, scan, run, path) for run in runs], dim=2)
+
+
+def scan_run(problem: Problem, scan: Slots, run: Run, path: str) -> Tensor:
+    """Outputs [B, H, n * b, V] of one run, moving the scan's state to its end."""
+    return _RunScan(problem, run, path).scan(scan)
 
 
 def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:

@@ -18,9 +18,10 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
+from miras.kernels import scan
 from miras.kernels.fused import Untraceable, run_fused, unfit, unprofitable, work_of
 
-PATHS = ("attention", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
+PATHS = ("attention", "triton", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
 TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
@@ -42,8 +43,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def refusal(path: str, design: Design) -> str | None:
-    """Why a path cannot run a design, from declared facts; None where it can."""
+def refusal(path: str, design: Design, widths: tuple[int, int] | None = None) -> str | None:
+    """Why a path cannot run a design, from declared facts and, if known, the widths of k and v; None where it can."""
     if not design.parametric:
         return None if path == "attention" else "the design has no fast weights"
     assert design.memory is not None and design.retention is not None
@@ -53,6 +54,8 @@ def refusal(path: str, design: Design) -> str | None:
         return None
     if not design.learning.linear:
         return f"learning {design.learning.kind} gives no block matrices"
+    if path == "triton":
+        return scan.unfit(design, widths)
     settles = design.retention.settles or design.learning.settles
     if path in ("triangular", "substituted"):
         if not design.retention.identity:
@@ -81,15 +84,20 @@ def plan(
     device: torch.device | None = None,
     work: int | None = None,
     packed: bool = False,
+    widths: tuple[int, int] | None = None,
 ) -> Plan:
     """Choose the first path that accepts the design and pays for `work` (see `work_of`), or check the one asked for.
 
     Raises:
         ValueError: unknown path, or one that refuses the design.
     """
-    refusals = {name: reason for name in PATHS if (reason := refusal(name, design)) is not None}
+    device = device or torch.device("cpu")
+    refusals = {name: reason for name in PATHS if (reason := refusal(name, design, widths)) is not None}
+    if "triton" not in refusals and (reason := scan.unusable(device)) is not None:
+        refusals["triton"] = reason
     if path is None:
-        reason = unprofitable(device or torch.device("cpu"), work, packed=packed, per_channel=per_channel)
+        refusals.setdefault("triton", scan.UNMEASURED)
+        reason = unprofitable(device, work, packed=packed, per_channel=per_channel)
         if reason is not None:
             refusals.setdefault("fused", reason)
         path = next(name for name in PATHS if name not in refusals)
@@ -108,16 +116,22 @@ def plan(
 
 
 def explain(
-    design: Design, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, per_channel: bool = False
+    design: Design,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    per_channel: bool = False,
+    widths: tuple[int, int] | None = None,
 ) -> Plan:
     """Which path runs a design and why the others refused; print it.
 
-    Of the paths only "fused" depends on the device and on the amount of work: what is said of it holds for long sequences,
-    and short ones run as "frozen". Half-precision inputs are computed in float32.
+    Of the paths only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones
+    run as "frozen". Only "triton" depends on the `widths` of keys and values, and computes products of half-precision
+    inputs in half precision; every other path computes them in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
-    return plan(design, per_channel=per_channel, device=torch.device(device))
+    return plan(design, per_channel=per_channel, device=torch.device(device), widths=widths)
 
 
 def memorize(
@@ -167,7 +181,8 @@ def memorize(
         check_values(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
     work = work_of(design, k, v) if design.parametric else 0
-    chosen = plan(design, path, per_channel, device=k.device, work=work, packed=cu_seqlens is not None)
+    packed, widths = cu_seqlens is not None, (k.shape[-1], v.shape[-1])
+    chosen = plan(design, path, per_channel, device=k.device, work=work, packed=packed, widths=widths)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is not None:
         check_state(initial_state, design, rows, k, v)
@@ -188,12 +203,12 @@ def memorize(
         past = None if initial_state is None else initial_state.map(_tracked)
         problem = _tracked_problem(problem)
         try:
-            out, state = _run(problem, chosen, past, cu_seqlens)
+            out, state = _run(problem, chosen, past, cu_seqlens, v.dtype)
         except Untraceable as error:
             if path is not None:
                 raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
             warnings.warn(f"path 'fused' cannot run this design here, which runs as 'frozen': {error}", stacklevel=2)
-            out, state = _run(problem, plan(design, "frozen", per_channel), past, cu_seqlens)
+            out, state = _run(problem, plan(design, "frozen", per_channel), past, cu_seqlens, v.dtype)
     return out.to(v.dtype), state if output_final_state else None
 
 
@@ -244,7 +259,9 @@ def _tracked_problem(problem: Problem) -> Problem:
     return replace(problem.mapped(_tracked), weights=weights, slow=slow)
 
 
-def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MemoryState]:
+def _run(
+    problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, MemoryState]:
     n = problem.design.learning.micro_steps
     lengths = torch.full((problem.q.shape[0],), problem.num_steps)
     source = None
@@ -256,6 +273,8 @@ def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: 
     if chosen.path == "fused":
         compiled = unprofitable(problem.k.device, work_of(problem.design, problem.k, problem.v)) is None
         run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
+    elif chosen.path == "triton":
+        run = functools.partial(scan.run_scan, operands=scan.operands_of(dtype), handed=state is not None)
     elif chosen.path != "reference":
         run = functools.partial(run_chunks, path=chosen.path, tile=chosen.tile)
     if state is None:
