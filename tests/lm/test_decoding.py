@@ -43,10 +43,7 @@ def decode(model: MirasForCausalLM, ids: Tensor, prompt: int = PROMPT) -> tuple[
     """Logits [B, T, V], the tokens after the prompt one by one."""
     cache = MirasCache()
     bounds = [0, *range(prompt, ids.shape[1] + 1)]
-    parts = [
-        model(ids[:, a:b], past_key_values=cache, use_cache=True).logits
-        for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-    ]
+    parts = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in pairwise(bounds)]
     return torch.cat(parts, 1), cache
 
 
