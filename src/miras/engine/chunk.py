@@ -54,7 +54,7 @@ class Slots:
 def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tuple[Tensor, MemoryState]:
     """Outputs [B, H, N, V] and the final state by `path` (frozen, triangular, substituted or recurrent)."""
     scan = Slots({name: list(x.unbind(2)) for name, x in state.slots.items()}, dict(state.point))
-    out = run_blocks(problem, scan, int(state.phase[0]), path, tile)
+    out = run_blocks(problem, scan, state.phase.tolist()[0], path, tile)
     final = MemoryState(
         {name: torch.stack(z, dim=2) for name, z in scan.slots.items()},
         scan.point,

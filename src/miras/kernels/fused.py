@@ -297,14 +297,14 @@ def _examples(specs: Sequence[Spec]) -> list[Tensor]:
 
 
 def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph | Untraceable:
-    """`_compiled`, or what a choice's own code or the compiler had against it."""
+    """`compiled_graph`, or what a choice's own code or the compiler had against it."""
     try:
-        return _compiled(function, examples, compiled)
+        return compiled_graph(function, examples, compiled)
     except Exception as error:
         return Untraceable(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def _compiled(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
+def compiled_graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
     """The operations that a function of tensors laid out as the examples does, its results laid out by rows too."""
     with torch.no_grad():
         traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)))(*examples)
