@@ -213,7 +213,7 @@ def bench(
     refresh: Annotated[str | None, typer.Option(help="Refresh windows by commas (default: the model's).")] = None,
     mode: Annotated[str, typer.Option(help="By commas: forward, forward+backward, decode.")] = "forward,forward+backward",
     peers: Annotated[
-        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, fla.")
+        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, delta-rule, fla.")
     ] = "floor,ttt-mlp,sdpa",
     path: Annotated[list[str] | None, typer.Option(help="A path of the engine to measure too; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "float32",

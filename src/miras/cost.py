@@ -108,7 +108,9 @@ def _step_flops(design: Design, shape: Shape, inner: bool, path: str, length: in
     if path == "reference":
         return (passes + 2) * product
     if path == "triangular":
-        error = start + (0 if design.bias.slope == "constant" else length * pair)
+        # Scores and solved errors are a pair, and what each slot is read with is solved for too.
+        solved = length * (pair + 2 * design.learning.slots * shape[0])
+        error = 0 if design.bias.slope == "constant" else start + solved
     elif path == "substituted":
         error = passes * (start + (length - 1) / 2 * pair)
     else:

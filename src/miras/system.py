@@ -17,15 +17,21 @@ from torch import Tensor
 
 
 class System(NamedTuple):
-    """mix [..., (C), b, b]; carry[l] [..., (C), b]; write[j] [..., (C), b]; move[j][l] [..., (C)] or None for zero."""
+    """mix [..., (C), b, b]; carry[l] [..., (C), b]; write[j] [..., (C), b]; move[j][l] [..., (C)] or None for zero.
+
+    `leaky` says that the rule is D_t = alpha_t D_{t-1} + u_t and nothing else.
+    """
 
     mix: Tensor
     carry: tuple[Tensor, ...]
     write: tuple[Tensor, ...]
     move: tuple[tuple[Tensor | None, ...], ...]
+    leaky: bool = False
 
     def before(self, log_decay: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """mix and carry one step earlier (for predictions), times alpha_t where its logarithm is given."""
+        if self.leaky and log_decay is not None:
+            return self.mix.tril(-1), self.carry
         mix = torch.cat((torch.zeros_like(self.mix[..., :1, :]), self.mix[..., :-1, :]), dim=-2)
         carry = tuple(
             torch.cat((torch.full_like(x[..., :1], float(slot == 0)), x[..., :-1]), dim=-1)
@@ -36,14 +42,16 @@ class System(NamedTuple):
         alpha = log_decay.exp()
         return mix * alpha.unsqueeze(-1), tuple(x * alpha for x in carry)
 
-    def block(self, index: int) -> System:
-        """One of a batch of systems, along the first axis."""
-        return System(
-            self.mix[index],
-            tuple(x[index] for x in self.carry),
-            tuple(x[index] for x in self.write),
-            tuple(tuple(None if x is None else x[index] for x in row) for row in self.move),
-        )
+    def unbind(self) -> list[System]:
+        """Each of a batch of systems, along the first axis."""
+        count = len(self.mix)
+        move = [[(None,) * count if x is None else x.unbind() for x in row] for row in self.move]
+        rows = zip(self.mix.unbind(), _rows(self.carry), _rows(self.write), strict=True)
+        return [System(*row, tuple(tuple(x[i] for x in line) for line in move)) for i, row in enumerate(rows)]
+
+
+def _rows(batches: tuple[Tensor, ...]) -> zip[tuple[Tensor, ...]]:
+    return zip(*(x.unbind() for x in batches), strict=True)
 
 
 def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
@@ -70,7 +78,7 @@ def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
     move = [(*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries)]
     kept = _kept(carries[0][0], len(sums), window)
     write = (*[x[..., -1, :] for x in mixes], *[x for x, _ in kept])
-    return System(mixes[0], tuple(carries[0]), write, (*move, *[x for _, x in kept]))
+    return System(mixes[0], tuple(carries[0]), write, (*move, *[x for _, x in kept]), leaky=len(sums) * window == 1)
 
 
 def decay_mask(total: Tensor) -> Tensor:

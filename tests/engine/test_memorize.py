@@ -205,7 +205,7 @@ def test_refused_states_of_other_sizes(design: Design, sizes: dict[str, int]) ->
 
 def test_refused_paths() -> None:
     problem = random_problem(YAAD)
-    with pytest.raises(ValueError, match=r"path='fast'; allowed: attention, triton, .*, or None to choose"):
+    with pytest.raises(ValueError, match=r"path='fast'; allowed: attention, fla, triton, .*, or None to choose"):
         run(problem, path="fast")
     refusals = {
         "attention": "the design has fast weights",
@@ -255,7 +255,8 @@ def test_explain(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     design, refused = EXPLAINED[path]
     found = miras.explain(design, device="cpu", dtype=torch.bfloat16)
     assert found.path == path
-    assert set(found.refusals) == refused | {"triton"}  # which needs a GPU: tests/kernels/test_triton.py
+    # Those need a GPU: tests/kernels/test_fla_ops.py, test_triton.py.
+    assert set(found.refusals) == {"fla", "triton", *refused}
     text = str(found)
     assert text.startswith(f"path: {path}")
     assert all(f"not {name}: {reason}" in text for name, reason in found.refusals.items())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from miras.bench import products
 from miras.bench.case import DECODED, MODES, Case, cut, leaves, memory_inputs
+from miras.bench.delta_rule import BLOCK, gated_delta_rule
 from miras.bench.ttt_mlp import ttt_mlp
 from miras.choice import require_one_of
 from miras.engine import PATHS, memorize, plan
@@ -253,6 +254,24 @@ class Titans(Contender):
 
 
 @dataclass(frozen=True)
+class DeltaRule(Contender):
+    """`gated_delta_rule` on the tensors that our path is given."""
+
+    def refusal(self, case: Case, mode: str) -> str | None:
+        if mode == "decode":
+            return "its formulation has no step for single tokens"
+        if _fla_op(case) != "gated_delta_rule":
+            return "it computes the gated delta rule (gated_deltanet) only"
+        return None if case.tokens % BLOCK == 0 else f"tokens={case.tokens} is no multiple of its blocks of {BLOCK}"
+
+    def forward(self, case: Case) -> tuple[Forward, list[Tensor]]:
+        inputs = memory_inputs(case)
+        tensors = [*(inputs[name] for name in ("q", "k", "v", "lr", "log_decay")), inputs["weights"]["W"]]
+        wide, narrow = tensors[-1].dtype, tensors[2].dtype
+        return lambda: gated_delta_rule(*(x.to(wide) for x in tensors)).to(narrow), tensors
+
+
+@dataclass(frozen=True)
 class Fla(Contender):
     """The op of flash-linear-attention that computes the design, on a GPU."""
 
@@ -306,6 +325,7 @@ PEERS: dict[str, Contender] = {
         Titans("titans-pytorch", "NeuralMemory, chunk_size = batch_size = refresh"),
         Titans("titans-by-token", "NeuralMemory, chunk_size 1, batch_size = refresh", by_token=True),
         Attention("sdpa", "causal softmax attention of PyTorch"),
+        DeltaRule("delta-rule", f"the gated delta rule by triangular solves, blocks of {BLOCK}"),
         Fla("fla", "flash-linear-attention's op"),
     )
 }

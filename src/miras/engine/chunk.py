@@ -43,6 +43,16 @@ class Run(NamedTuple):
     ends: bool
 
 
+class Block(NamedTuple):
+    """One block of a run, with its system one step earlier where errors are taken at moving weights."""
+
+    steps: Steps
+    system: System
+    log_decay: Tensor
+    mix_before: Tensor | None
+    carry_before: tuple[Tensor, ...]
+
+
 @dataclass
 class Slots:
     """State of the scan: per weight the slots [B, H, d_in, d_out] and the deviation at the last window end."""
@@ -115,9 +125,6 @@ class _RunScan:
         if self.moving:
             decayed = self.design.gradient_at == "decayed"
             self.mix_before, self.carry_before = self.system.before(self.log_decay if decayed else None)
-        if path == "triangular":
-            ((self.name, shape),) = self.shapes.items()
-            self.solver = TriangularSolver(self.design, shape, self.steps, self.mix_before)
         # Where the weights at a window end differ from what the block's own read-out formula says.
         settles = self.retention.settles or self.design.learning.settles
         tangent = self.design.link_at == "refresh" and not self.retention.identity
@@ -131,16 +138,36 @@ class _RunScan:
 
     def scan(self, state: Slots) -> Tensor:
         """Move the state over the run; outputs [B, H, n * b, V]."""
+        out = self._scan_solved(state) if self.path == "triangular" else self._scan_blocks(state)
+        return out.movedim(0, 2).flatten(2, 3)
+
+    def _scan_solved(self, state: Slots) -> Tensor:
+        """The same where all errors are solved for before the scan; outputs [n, B, H, b, V]."""
+        ((name, shape),) = self.shapes.items()
+        predicted = self.anchored and self.design.bias.slope != "constant"
+        start = self._start(name, self.steps.k) if predicted else None
+        solver = TriangularSolver(self.design, shape, self.steps, start, self.mix_before, self.carry_before)
+        x = solver.x.mT
+        writes = [x * (w.unsqueeze(-2) if w.dim() < x.dim() else w) for w in self.system.write]
+        moves = [[None if m is None else m.reshape(*m.shape[:3], -1, 1) for m in row] for row in self.system.move]
+        errors, starts, state.slots[name] = scan_solved(solver, writes, moves, state.slots[name])
+        if self.run.ends:
+            state.point[name] = state.slots[name][0]
+        linear = self._plain_reader({name: (starts, Factors(solver.x, errors))})
+        return self.memory(self._blocks(self.problem.q), linear, self.problem.slow)
+
+    def _scan_blocks(self, state: Slots) -> Tensor:
+        """The same block by block; outputs [n, B, H, b, V]."""
         starts: list[dict[str, list[Tensor]]] = []
         points: list[dict[str, Tensor]] = []
         factors: list[dict[str, Factors]] = []
         settled: list[dict[str, Tensor]] = []
         weights = self._point_weights(state)
-        for index in range(self.run.blocks):
+        for block in self._each():
             starts.append({name: list(z) for name, z in state.slots.items()})
             points.append(dict(state.point))
-            factors.append(self._errors(index, state, weights))
-            self._write(index, state, factors[-1])
+            factors.append(self._errors(block, state, weights))
+            self._write(block.system, state, factors[-1])
             if self.run.ends:
                 self._settle(state)
                 if not self.moving:
@@ -148,44 +175,42 @@ class _RunScan:
             settled.append(dict(state.point))
         return self._read(starts, points, factors, settled)
 
+    def _each(self) -> list[Block]:
+        mixes: Sequence[Tensor | None] = [None] * self.run.blocks
+        carries: Sequence[tuple[Tensor, ...]] = [()] * self.run.blocks
+        if self.moving:
+            mixes, carries = self.mix_before.unbind(), list(zip(*(x.unbind() for x in self.carry_before), strict=True))
+        rows = zip(self.steps.unbind(), self.system.unbind(), self.log_decay.unbind(), mixes, carries, strict=True)
+        return [Block(*row) for row in rows]
+
     def _point_weights(self, state: Slots) -> dict[str, Tensor]:
         return {name: self.design.link(self.anchor[name] + x) for name, x in state.point.items()}
 
-    def _errors(self, index: int, state: Slots, weights: dict[str, Tensor]) -> dict[str, Factors]:
-        if not self.moving:
-            return frozen_errors(self.design, self.shapes, self._frozen_at(index, state, weights), self._steps(index))
-        carry = [x[index] for x in self.carry_before]
-        if self.path == "triangular":
-            k, slots = self.steps.k[index], state.slots[self.name]
-            initial = self._start(self.name, k) + carried(k, slots, carry, self.shapes[self.name])
-            return {self.name: self.solver.factors(index, initial)}
+    def _errors(self, block: Block, state: Slots, weights: dict[str, Tensor]) -> dict[str, Factors]:
+        if block.mix_before is None:
+            return frozen_errors(self.design, self.shapes, self._frozen_at(block, state, weights), block.steps)
 
         def at_step(name: str, x: Tensor, t: int) -> Tensor:
-            return carried(x, state.slots[name], [c[..., t : t + 1] for c in carry], self.shapes[name])
+            return carried(x, state.slots[name], [c[..., t : t + 1] for c in block.carry_before], self.shapes[name])
 
-        mixes = dict.fromkeys(self.shapes, self.mix_before[index])
-        return substituted_errors(self.design, self.shapes, self._steps(index), self._start, mixes, at_step)
+        mixes = dict.fromkeys(self.shapes, block.mix_before)
+        return substituted_errors(self.design, self.shapes, block.steps, self._start, mixes, at_step)
 
-    def _frozen_at(self, index: int, state: Slots, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _frozen_at(self, block: Block, state: Slots, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradient point of a block: the last window end, or with decay applied where the design says so (b = 1)."""
         if self.design.gradient_at == "previous":
             return weights
-        alpha = self.log_decay[index].exp()
+        alpha = block.log_decay.exp()
         return {
             name: self.design.link(self.anchor[name] + spread(alpha[..., 0], shape) * state.slots[name][0])
             for name, shape in self.shapes.items()
         }
 
-    def _steps(self, index: int) -> Steps:
-        s = self.steps
-        return Steps(s.k[index], s.v[index], s.lr[index], {name: x[index] for name, x in s.gates.items()}, s.slow)
-
     def _start(self, name: str, x: Tensor) -> Tensor:
         """The anchor's share of a product."""
         return shared_product(x, self.anchor[name]) if self.anchored else x.new_zeros(())
 
-    def _write(self, index: int, state: Slots, factors: dict[str, Factors]) -> None:
-        system = self.system.block(index)
+    def _write(self, system: System, state: Slots, factors: dict[str, Factors]) -> None:
         for name, shape in self.shapes.items():
             old = state.slots[name]
             state.slots[name] = [
@@ -210,7 +235,7 @@ class _RunScan:
         factors: list[dict[str, Factors]],
         settled: list[dict[str, Tensor]],
     ) -> Tensor:
-        """Read-outs of all blocks of the run at once, [B, H, n * b, V]."""
+        """Read-outs of all blocks of the run at once, [n, B, H, b, V]."""
         q = self._blocks(self.problem.q)
         stacked = {
             name: (
@@ -232,7 +257,7 @@ class _RunScan:
             }
             last = self.memory(q[..., -1:, :], lambda name, h: h @ ends[name], self.problem.slow)
             out = torch.cat((out[..., :-1, :], last), dim=-2)
-        return out.movedim(0, 2).flatten(2, 3)
+        return out
 
     def _plain_reader(self, stacked: Stacked) -> Linear:
         """D_t = carry D_0 + mix-weighted factors, around the anchor."""
@@ -270,6 +295,38 @@ class _RunScan:
         slots, pairs = stacked[name]
         shape = self.shapes[name]
         return carried(h, slots, self.system.carry, shape) + masked_product(h, pairs, self.system.mix, shape.channel_axis)
+
+
+def scan_solved(
+    solver: TriangularSolver, writes: Sequence[Tensor], moves: Sequence[Sequence[Tensor | None]], slots: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Errors g [n, B, H, b, V] of n blocks, the slots [n, B, H, d_in, d_out] at the start of each, and those at the end.
+
+    g = base + sum_l reads[l] z_l,    z_j <- sum_l moves[j][l] z_l + writes[j] g
+    """
+    # Flat batches: with two leading axes every product would be reshaped to one and back.
+    batch = solver.base.shape[1:3]
+    base, *reads = (x.flatten(1, 2).unbind() for x in (solver.base, *solver.reads))
+    rows = [x.flatten(1, 2).unbind() for x in writes]
+    kept = [[None if x is None else x.flatten(1, 2).unbind() for x in row] for row in moves]
+    z, errors, starts = [x.flatten(0, 1) for x in slots], [], []
+    for i, g in enumerate(base):
+        for read, x in zip(reads, z, strict=False):
+            g = torch.baddbmm(g, read[i], x)
+        errors.append(g)
+        starts.append(z)
+        z = [
+            _moved(write[i] @ g, [None if m is None else m[i] for m in row], z)
+            for write, row in zip(rows, kept, strict=True)
+        ]
+    stacked = [torch.stack(x).unflatten(1, batch) for x in zip(*starts, strict=True)]
+    return torch.stack(errors).unflatten(1, batch), stacked, [x.unflatten(0, batch) for x in z]
+
+
+def _moved(total: Tensor, row: Sequence[Tensor | None], slots: Sequence[Tensor]) -> Tensor:
+    for move, z in zip(row, slots, strict=True):
+        total = total if move is None else torch.addcmul(total, move, z)
+    return total
 
 
 def shared_product(x: Tensor, weight: Tensor) -> Tensor:

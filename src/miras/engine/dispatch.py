@@ -18,10 +18,10 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
-from miras.kernels import scan
+from miras.kernels import fla_ops, scan
 from miras.kernels.fused import Untraceable, run_fused, unfit, unprofitable, work_of
 
-PATHS = ("attention", "triton", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
+PATHS = ("attention", "fla", "triton", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
 TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
@@ -73,6 +73,8 @@ def refusal(path: str, design: Design, widths: tuple[int, int] | None = None) ->
         return "refresh=1: gradients move at every step"
     if path == "recurrent" and design.refresh > 1:
         return "blocks of one step are needed with refresh=1 only"
+    if path == "fla":
+        return fla_ops.unfit(design)
     return unfit(design) if path == "fused" else None
 
 
@@ -82,24 +84,31 @@ def plan(
     per_channel: bool = False,
     *,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     work: int | None = None,
     packed: bool = False,
     widths: tuple[int, int] | None = None,
 ) -> Plan:
     """Choose the first path that accepts the design and pays for `work` (see `work_of`), or check the one asked for.
 
+    `device` and `dtype` are those of the inputs, `widths` those of keys and values, as far as they are known.
+
     Raises:
         ValueError: unknown path, or one that refuses the design.
     """
     device = device or torch.device("cpu")
     refusals = {name: reason for name in PATHS if (reason := refusal(name, design, widths)) is not None}
-    if "triton" not in refusals and (reason := scan.unusable(device)) is not None:
-        refusals["triton"] = reason
+    if (reason := fla_ops.unavailable(device, dtype, widths)) is not None:
+        refusals.setdefault("fla", reason)
+    if (reason := scan.unusable(device)) is not None:
+        refusals.setdefault("triton", reason)
     if path is None:
         refusals.setdefault("triton", scan.UNMEASURED)
         reason = unprofitable(device, work, packed=packed, per_channel=per_channel)
         if reason is not None:
             refusals.setdefault("fused", reason)
+        if device.type != "cuda":
+            refusals.setdefault("fla", "Triton's interpreter is there to test kernels: ask for it by name")
         path = next(name for name in PATHS if name not in refusals)
     elif path not in PATHS:
         raise ValueError(f"path={path!r}; allowed: {', '.join(PATHS)}, or None to choose")
@@ -125,13 +134,13 @@ def explain(
 ) -> Plan:
     """Which path runs a design and why the others refused; print it.
 
-    Of the paths only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones
-    run as "frozen". Only "triton" depends on the `widths` of keys and values, and computes products of half-precision
-    inputs in half precision; every other path computes them in float32.
+    Only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones run as "frozen".
+    "fla" and "triton" depend on the `widths` of keys and values; "triton" computes products of half-precision inputs in
+    half precision, as "fla" does, every other path in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
-    return plan(design, per_channel=per_channel, device=torch.device(device), widths=widths)
+    return plan(design, per_channel=per_channel, device=torch.device(device), dtype=dtype, widths=widths)
 
 
 def memorize(
@@ -182,7 +191,7 @@ def memorize(
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
     work = work_of(design, k, v) if design.parametric else 0
     packed, widths = cu_seqlens is not None, (k.shape[-1], v.shape[-1])
-    chosen = plan(design, path, per_channel, device=k.device, work=work, packed=packed, widths=widths)
+    chosen = plan(design, path, per_channel, device=k.device, dtype=k.dtype, work=work, packed=packed, widths=widths)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is not None:
         check_state(initial_state, design, rows, k, v)
@@ -203,7 +212,10 @@ def memorize(
         past = None if initial_state is None else initial_state.map(_tracked)
         problem = _tracked_problem(problem)
         try:
-            out, state = _run(problem, chosen, past, cu_seqlens, v.dtype)
+            if chosen.path == "fla":
+                out, state = _run_fla(problem, past, cu_seqlens, decays=log_decay is not None)
+            else:
+                out, state = _run(problem, chosen, past, cu_seqlens, v.dtype)
         except Untraceable as error:
             if path is not None:
                 raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
@@ -284,6 +296,19 @@ def _run(
         out = out.transpose(1, 2).flatten(0, 1)[source].unsqueeze(0)
     else:
         out = out.transpose(1, 2)
+    return out[:, n - 1 :: n], final
+
+
+def _run_fla(
+    problem: Problem, state: MemoryState | None, cu_seqlens: Tensor | None, *, decays: bool
+) -> tuple[Tensor, MemoryState]:
+    n = problem.design.learning.micro_steps
+    if state is None:
+        state = problem.initial_state()
+        if cu_seqlens is not None:
+            state = state.index_select(torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64))
+    bounds = None if cu_seqlens is None else cu_seqlens.to(problem.q.device) * n
+    out, final = fla_ops.run_fla(problem, state, bounds, decays=decays)
     return out[:, n - 1 :: n], final
 
 

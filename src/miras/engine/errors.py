@@ -1,7 +1,7 @@
 """Errors of a block: the back-propagated output gradients that, with the inputs, make every gradient a rank-one product.
 
 Three ways to the same factors (x_i, g_i) of u_i = -eta_i grad_W = x_i g_i^T, one pair per weight and gradient step:
-`frozen_errors` at weights that stand still over the block, `triangular_errors` and `substituted_errors` for the exact
+`frozen_errors` at weights that stand still over the block, `TriangularSolver` and `substituted_errors` for the exact
 online learner, whose weights move at every step (docs/equations.md).
 """
 
@@ -33,6 +33,12 @@ class Steps(NamedTuple):
     lr: Tensor
     gates: dict[str, Tensor]
     slow: dict[str, Tensor]
+
+    def unbind(self) -> list[Steps]:
+        """Each of a batch of blocks, along the first axis."""
+        gates = {name: x.unbind() for name, x in self.gates.items()}
+        rows = zip(self.k.unbind(), self.v.unbind(), self.lr.unbind(), strict=True)
+        return [Steps(*row, {name: x[i] for name, x in gates.items()}, self.slow) for i, row in enumerate(rows)]
 
 
 Read = Callable[[str, Tensor], Tensor]
@@ -122,34 +128,38 @@ def substituted_errors(
 class TriangularSolver:
     """Exact online errors of a linear memory with an affine gradient g = c_t y + b_t, for a batch of blocks.
 
-    (I + c P o K K^T) g = c y_0 + b,  P the mix one step earlier: the WY form's triangular system, inverted once for all
-    blocks since it does not depend on the state.
+    (I + c P o K K^T) g = c y_0 + b,  P the mix one step earlier and y_0 = K a + sum_l carry_l (K z_l): the WY form's
+    triangular system. It does not depend on the state, so that all blocks are solved at once for what the slots z at a
+    block's start are multiplied by. With rates and signs in them, the factors of a block are x and
+
+        g = base + sum_l reads[l] @ z_l
+
+    `start` [..., b, V] is the anchor's share K a of the predictions.
     """
 
-    def __init__(self, design: Design, shape: WeightShape, steps: Steps, mix: Tensor) -> None:
-        zero = torch.zeros_like(steps.v)
-        self.steps, self.shape = steps, shape
-        self.offset = design.bias.gradient(zero, steps.v, steps.gates)
-        self.inverse, self.slope = None, None
+    def __init__(
+        self, design: Design, shape: WeightShape, steps: Steps, start: Tensor | None, mix: Tensor, carry: tuple[Tensor, ...]
+    ) -> None:
+        k, v, gates = steps.k, steps.v, steps.gates
+        per_head = steps.lr.dim() < k.dim()
+        lr = steps.lr.unsqueeze(-1) if per_head else steps.lr
+        self.x = k if per_head else -lr * k
+        self.reads: list[Tensor] = []
+        error = design.bias.gradient(torch.zeros_like(v), v, gates)
         if design.bias.slope == "constant":
+            self.base = -lr * error if per_head else error
             return
-        self.slope = (design.bias.gradient(torch.ones_like(zero), steps.v, steps.gates) - self.offset)[..., :1]
-        keys = (
-            _factors(steps.k, torch.ones_like(zero[..., :1]), steps.lr, shape) if steps.lr.dim() == steps.k.dim() else None
-        )
-        weighted = keys.x if keys is not None else -steps.lr.unsqueeze(-1) * steps.k
-        system = -self.slope * scores(steps.k, weighted, mix, shape.channel_axis)
+        none = torch.zeros_like(v[..., :1])
+        slope = design.bias.gradient(none + 1, none, gates) - design.bias.gradient(none, none, gates)
+        error = error if start is None else slope * start + error
+        error, slope = (-lr * error, lr * slope) if per_head else (error, -slope)
+        rows = slope * k
+        # Of a unit triangular system only what is below the diagonal is read.
+        system = scores(rows, self.x, mix, shape.channel_axis)
         identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        self.inverse = torch.linalg.solve_triangular(
-            system.tril(-1) + identity, identity.expand_as(system), upper=False, unitriangular=True
-        )
-
-    def factors(self, index: int, initial: Tensor) -> Factors:
-        """Factors of block `index`, given the predictions [..., b, V] that its initial state makes."""
-        g = self.offset[index]
-        if self.inverse is not None and self.slope is not None:
-            g = self.inverse[index] @ (self.slope[index] * initial + g)
-        return _factors(self.steps.k[index], g, self.steps.lr[index], self.shape)
+        inverse = torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
+        self.base = inverse @ error
+        self.reads = [inverse @ (rows * -(c.unsqueeze(-1) if c.dim() < k.dim() else c.mT)) for c in carry]
 
 
 def scores(h: Tensor, x: Tensor, mix: Tensor, channel_axis: int | None) -> Tensor:

@@ -31,14 +31,19 @@ from miras.memory import WeightShape
 
 aten = torch.ops.aten
 
-DECOMPOSED: Any = get_decompositions(
+
+def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
+    return [x.select(dim, index) for index in range(x.shape[dim])]
+
+
+DECOMPOSED: Any = {aten.unbind.int: _unbind} | get_decompositions(
     [
         *(aten.gelu, aten.gelu_backward, aten.silu, aten.silu_backward, aten.sigmoid_backward, aten.tanh_backward),
         *(aten._softmax, aten._softmax_backward_data, aten.softshrink, aten.threshold_backward),
         *(aten.relu, aten.softplus, aten.softplus_backward, aten.masked_fill, aten.rsub, aten.addcmul, aten.addcdiv),
     ]
 )
-"""Operations written as simpler ones by torch itself."""
+"""Operations written as simpler ones, all but one by torch itself."""
 
 
 REREAD = 2**14
