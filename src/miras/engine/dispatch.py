@@ -18,9 +18,11 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
-from miras.kernels.fused import Untraceable, run_fused, unfit, unprofitable, work_of
+from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
+from miras.kernels.graph import Untraceable
+from miras.kernels.online import run_online
 
-PATHS = ("attention", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
+PATHS = ("attention", "triangular", "fused", "substituted", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
 TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
@@ -54,6 +56,8 @@ def refusal(path: str, design: Design) -> str | None:
     if not design.learning.linear:
         return f"learning {design.learning.kind} gives no block matrices"
     settles = design.retention.settles or design.learning.settles
+    if path == "fused":
+        return unfit(design) if design.refresh > 1 else refusal("substituted", design) or unfit(design)
     if path in ("triangular", "substituted"):
         if not design.retention.identity:
             return f"the link of retention {design.retention.kind} is not the identity"
@@ -66,11 +70,11 @@ def refusal(path: str, design: Design) -> str | None:
             return f"memory {design.memory.kind} is not linear in its weights"
         if path == "triangular" and design.bias.slope == "general":
             return f"the gradient of bias {design.bias.kind} is not affine"
-    if path in ("fused", "frozen") and design.refresh == 1:
+    if path == "frozen" and design.refresh == 1:
         return "refresh=1: gradients move at every step"
     if path == "recurrent" and design.refresh > 1:
         return "blocks of one step are needed with refresh=1 only"
-    return unfit(design) if path == "fused" else None
+    return None
 
 
 def plan(
@@ -98,8 +102,8 @@ def plan(
     elif path in refusals:
         able = [name for name in PATHS if name not in refusals]
         raise ValueError(f"path={path!r} refuses this design: {refusals[path]}; able: {', '.join(able)}")
-    tile = TILES.get(path, 1)
-    if path in ("fused", "frozen"):
+    tile = TILES.get("substituted" if path == "fused" and design.refresh == 1 else path, 1)
+    if path in ("fused", "frozen") and design.refresh > 1:
         tile = min(tile, design.refresh)
         assert design.retention is not None
         if design.link_at == "token" and not design.retention.identity:
@@ -113,7 +117,7 @@ def explain(
     """Which path runs a design and why the others refused; print it.
 
     Of the paths only "fused" depends on the device and on the amount of work: what is said of it holds for long sequences,
-    and short ones run as "frozen". Half-precision inputs are computed in float32.
+    and short ones run as the next path that accepts the design. Half-precision inputs are computed in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
@@ -192,8 +196,9 @@ def memorize(
         except Untraceable as error:
             if path is not None:
                 raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
-            warnings.warn(f"path 'fused' cannot run this design here, which runs as 'frozen': {error}", stacklevel=2)
-            out, state = _run(problem, plan(design, "frozen", per_channel), past, cu_seqlens)
+            other = "substituted" if design.refresh == 1 else "frozen"
+            warnings.warn(f"path 'fused' cannot run this design here, which runs as '{other}': {error}", stacklevel=2)
+            out, state = _run(problem, plan(design, other, per_channel), past, cu_seqlens)
     return out.to(v.dtype), state if output_final_state else None
 
 
@@ -255,7 +260,10 @@ def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: 
     run = run_reference
     if chosen.path == "fused":
         compiled = unprofitable(problem.k.device, work_of(problem.design, problem.k, problem.v)) is None
-        run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
+        if problem.design.refresh == 1:
+            run = functools.partial(run_online, tile=chosen.tile, compiled=compiled)
+        else:
+            run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
     elif chosen.path != "reference":
         run = functools.partial(run_chunks, path=chosen.path, tile=chosen.tile)
     if state is None:
