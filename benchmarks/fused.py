@@ -117,9 +117,9 @@ def products(function: Callable[[], Any]) -> list[list[tuple[Any, tuple[Tensor, 
         Recorder(traced).run(*examples)
         return traced
 
-    made, fused._graph = fused._graph, graph
+    made, fused.graph_of = fused.graph_of, graph
     function()
-    fused._graph = made
+    fused.graph_of = made
     fused._forward_graph.cache_clear()
     fused._backward_graph.cache_clear()
     return found

@@ -143,7 +143,7 @@ def test_the_path_and_the_faster_ones(compiler: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(fused, "has_compiler", lambda: compiler)
     found = lines(models.moneta())
     assert found["path"] == [f"{'fused' if compiler else 'frozen'}, in blocks of 16 gradient steps"]
-    faster = ["attention", "fla", "triton", "triangular", "substituted", *([] if compiler else ["fused"])]
+    faster = ["attention", "fla", "triton", "triangular", *([] if compiler else ["fused", "substituted"])]
     assert [name.removeprefix("not ") for name in found if name.startswith("not ")] == faster
     assert found["not triangular"] == ["the link of retention LqRms is not the identity"]
 

@@ -229,9 +229,16 @@ class StepByStep(learning.GradientDescent):
     linear: ClassVar[bool] = False
 
 
+@dataclass(frozen=True)
+class Listed(bias.L2):
+    """A user's bias with a field that has no hash, by which no compiled graph can be kept."""
+
+    scales: Any = (1.0,)
+
+
 EXPLAINED = {
-    "triangular": (DELTA, {"attention", "fused", "frozen"}),
-    "substituted": (replace(YAAD, refresh=1), {"attention", "triangular", "fused", "frozen"}),
+    "triangular": (DELTA, {"attention", "frozen"}),
+    "substituted": (replace(YAAD, refresh=1, bias=Listed([1.0])), {"attention", "triangular", "fused", "frozen"}),
     "fused": (YAAD, {"attention", "triangular", "substituted", "recurrent"}),
     "frozen": (
         replace(YAAD, memory=memory.Matrix()),

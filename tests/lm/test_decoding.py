@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import miras
 from miras.design import Pattern
-from miras.kernels.fused import Untraceable, compiled_graph
+from miras.kernels.graph import Untraceable, compiled_graph
 from miras.lm import MirasCache, MirasForCausalLM, compile_decoding, decoding
 
 Build = Callable[..., MirasForCausalLM]

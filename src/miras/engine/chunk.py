@@ -16,11 +16,15 @@ from torch import Tensor
 
 from miras.engine.errors import (
     Factors,
+    Past,
     Steps,
+    Substitute,
     TriangularSolver,
     bias_gates,
+    carried,
     frozen_errors,
     masked_product,
+    shared_product,
     substituted_errors,
 )
 from miras.engine.problem import MemoryState, Problem
@@ -61,10 +65,15 @@ class Slots:
     point: dict[str, Tensor]
 
 
-def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tuple[Tensor, MemoryState]:
-    """Outputs [B, H, N, V] and the final state by `path` (frozen, triangular, substituted or recurrent)."""
+def run_chunks(
+    problem: Problem, state: MemoryState, path: str, tile: int, substitute: Substitute = substituted_errors
+) -> tuple[Tensor, MemoryState]:
+    """Outputs [B, H, N, V] and the final state by `path` (frozen, triangular, substituted or recurrent).
+
+    `substitute` finds the errors of a block on path "substituted".
+    """
     scan = Slots({name: list(x.unbind(2)) for name, x in state.slots.items()}, dict(state.point))
-    out = run_blocks(problem, scan, state.phase.tolist()[0], path, tile)
+    out = run_blocks(problem, scan, state.phase.tolist()[0], path, tile, substitute)
     final = MemoryState(
         {name: torch.stack(z, dim=2) for name, z in scan.slots.items()},
         scan.point,
@@ -73,15 +82,17 @@ def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tu
     return out, final
 
 
-def run_blocks(problem: Problem, scan: Slots, phase: int, path: str, tile: int) -> Tensor:
+def run_blocks(
+    problem: Problem, scan: Slots, phase: int, path: str, tile: int, substitute: Substitute = substituted_errors
+) -> Tensor:
     """Outputs [B, H, N, V] of all steps from `phase` on, moving the scan's state to the end."""
     runs = plan_runs(problem.num_steps, phase, problem.design.refresh, tile)
-    return torch.cat([scan_run(problem, scan, run, path) for run in runs], dim=2)
+    return torch.cat([scan_run(problem, scan, run, path, substitute) for run in runs], dim=2)
 
 
-def scan_run(problem: Problem, scan: Slots, run: Run, path: str) -> Tensor:
+def scan_run(problem: Problem, scan: Slots, run: Run, path: str, substitute: Substitute = substituted_errors) -> Tensor:
     """Outputs [B, H, n * b, V] of one run, moving the scan's state to its end."""
-    return _RunScan(problem, run, path).scan(scan)
+    return _RunScan(problem, run, path, substitute).scan(scan)
 
 
 def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:
@@ -105,8 +116,8 @@ def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:
 class _RunScan:
     """One run of blocks: what is shared before the scan, the scan itself, and the read-out after it."""
 
-    def __init__(self, problem: Problem, run: Run, path: str) -> None:
-        self.problem, self.run, self.path = problem, run, path
+    def __init__(self, problem: Problem, run: Run, path: str, substitute: Substitute) -> None:
+        self.problem, self.run, self.path, self.substitute = problem, run, path, substitute
         self.design, self.shapes = problem.design, problem.shapes
         assert self.design.memory is not None and self.design.retention is not None
         self.memory, self.retention = self.design.memory, self.design.retention
@@ -190,11 +201,8 @@ class _RunScan:
         if block.mix_before is None:
             return frozen_errors(self.design, self.shapes, self._frozen_at(block, state, weights), block.steps)
 
-        def at_step(name: str, x: Tensor, t: int) -> Tensor:
-            return carried(x, state.slots[name], [c[..., t : t + 1] for c in block.carry_before], self.shapes[name])
-
-        mixes = dict.fromkeys(self.shapes, block.mix_before)
-        return substituted_errors(self.design, self.shapes, block.steps, self._start, mixes, at_step)
+        past = Past(self.anchor if self.anchored else {}, state.slots, list(block.carry_before), block.mix_before)
+        return self.substitute(self.design, self.shapes, block.steps, past)
 
     def _frozen_at(self, block: Block, state: Slots, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradient point of a block: the last window end, or with decay applied where the design says so (b = 1)."""
@@ -329,32 +337,11 @@ def _moved(total: Tensor, row: Sequence[Tensor | None], slots: Sequence[Tensor])
     return total
 
 
-def shared_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight for x [..., H, b, d_in] and weight [H, d_in, d_out], as one large product a head."""
-    rows = x.movedim(-3, 0)
-    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim(0, -3)
-
-
 def spread(gate: Tensor, shape: WeightShape) -> Tensor:
     """One number a head [B, H] or a channel [B, H, C] against a weight [B, H, d_in, d_out]."""
     if gate.dim() == 2:
         return gate[..., None, None]
     return gate.unsqueeze(-1) if shape.channel_axis == 0 else gate.unsqueeze(-2)
-
-
-def carried(h: Tensor, slots: Sequence[Tensor], carry: Sequence[Tensor], shape: WeightShape) -> Tensor:
-    """sum_l carry[l][t] (h_t @ slots[l]) for h [..., b, d_in] and carry [..., (C), b]."""
-    total: Tensor | None = None
-    for z, c in zip(slots, carry, strict=True):
-        if c.dim() < h.dim():
-            part = c.unsqueeze(-1) * (h @ z)
-        elif shape.channel_axis == 0:
-            part = (c.mT * h) @ z
-        else:
-            part = c.mT * (h @ z)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
 
 
 def written(factors: Factors, write: Tensor, shape: WeightShape) -> Tensor:

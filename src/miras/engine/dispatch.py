@@ -19,9 +19,11 @@ from miras.engine.problem import AttentionState, MemoryState, Problem, build_pro
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
 from miras.kernels import fla_ops, scan
-from miras.kernels.fused import Untraceable, run_fused, unfit, unprofitable, work_of
+from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
+from miras.kernels.graph import Untraceable
+from miras.kernels.online import run_online
 
-PATHS = ("attention", "fla", "triton", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
+PATHS = ("attention", "fla", "triton", "triangular", "fused", "substituted", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
 TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
@@ -57,6 +59,8 @@ def refusal(path: str, design: Design, widths: tuple[int, int] | None = None) ->
     if path == "triton":
         return scan.unfit(design, widths)
     settles = design.retention.settles or design.learning.settles
+    if path == "fused":
+        return unfit(design) if design.refresh > 1 else refusal("substituted", design) or unfit(design)
     if path in ("triangular", "substituted"):
         if not design.retention.identity:
             return f"the link of retention {design.retention.kind} is not the identity"
@@ -69,13 +73,11 @@ def refusal(path: str, design: Design, widths: tuple[int, int] | None = None) ->
             return f"memory {design.memory.kind} is not linear in its weights"
         if path == "triangular" and design.bias.slope == "general":
             return f"the gradient of bias {design.bias.kind} is not affine"
-    if path in ("fused", "frozen") and design.refresh == 1:
+    if path == "frozen" and design.refresh == 1:
         return "refresh=1: gradients move at every step"
     if path == "recurrent" and design.refresh > 1:
         return "blocks of one step are needed with refresh=1 only"
-    if path == "fla":
-        return fla_ops.unfit(design)
-    return unfit(design) if path == "fused" else None
+    return fla_ops.unfit(design) if path == "fla" else None
 
 
 def plan(
@@ -115,8 +117,8 @@ def plan(
     elif path in refusals:
         able = [name for name in PATHS if name not in refusals]
         raise ValueError(f"path={path!r} refuses this design: {refusals[path]}; able: {', '.join(able)}")
-    tile = TILES.get(path, 1)
-    if path in ("fused", "frozen"):
+    tile = TILES.get("substituted" if path == "fused" and design.refresh == 1 else path, 1)
+    if path in ("fused", "frozen") and design.refresh > 1:
         tile = min(tile, design.refresh)
         assert design.retention is not None
         if design.link_at == "token" and not design.retention.identity:
@@ -134,9 +136,9 @@ def explain(
 ) -> Plan:
     """Which path runs a design and why the others refused; print it.
 
-    Only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones run as "frozen".
-    "fla" and "triton" depend on the `widths` of keys and values; "triton" computes products of half-precision inputs in
-    half precision, as "fla" does, every other path in float32.
+    Only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones run as the next
+    path that accepts the design. "fla" and "triton" depend on the `widths` of keys and values too, and compute products of
+    half-precision inputs in half precision; every other path computes them in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
@@ -219,8 +221,9 @@ def memorize(
         except Untraceable as error:
             if path is not None:
                 raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
-            warnings.warn(f"path 'fused' cannot run this design here, which runs as 'frozen': {error}", stacklevel=2)
-            out, state = _run(problem, plan(design, "frozen", per_channel), past, cu_seqlens, v.dtype)
+            other = "substituted" if design.refresh == 1 else "frozen"
+            warnings.warn(f"path 'fused' cannot run this design here, which runs as '{other}': {error}", stacklevel=2)
+            out, state = _run(problem, plan(design, other, per_channel), past, cu_seqlens, v.dtype)
     return out.to(v.dtype), state if output_final_state else None
 
 
@@ -284,7 +287,10 @@ def _run(
     run = run_reference
     if chosen.path == "fused":
         compiled = unprofitable(problem.k.device, work_of(problem.design, problem.k, problem.v)) is None
-        run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
+        if problem.design.refresh == 1:
+            run = functools.partial(run_online, tile=chosen.tile, compiled=compiled)
+        else:
+            run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
     elif chosen.path == "triton":
         run = functools.partial(scan.run_scan, operands=scan.operands_of(dtype), handed=state is not None)
     elif chosen.path != "reference":

@@ -13,19 +13,18 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from miras.design import Design
 from miras.engine.chunk import Slots, run_blocks, run_chunks
 from miras.engine.problem import MemoryState, Problem
+from miras.kernels.graph import Graph, Spec, Untraceable, examples_of, graph_of, made, specs_of
 from miras.memory import WeightShape
 
 STEP_LENGTH = 16
@@ -36,20 +35,6 @@ MAX_WINDOW = 256
 
 MIN_WORK = 2**28
 """Products of a weight and an input that are worth the tens of seconds of compiling, once a shape (cached on disk)."""
-
-Graph = Callable[..., Sequence[Tensor]]
-
-
-class Untraceable(RuntimeError):
-    """A step that could not be traced or compiled here, and why."""
-
-
-class Spec(NamedTuple):
-    """What a graph is specialised to in one input."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -122,9 +107,9 @@ def facts_of(design: Design) -> tuple[object, ...]:
 
 
 def unfit(design: Design) -> str | None:
-    """Why whole windows of a design with frozen gradients cannot be traced; None where they can."""
+    """Why a design's windows, or with refresh 1 its steps (`kernels/online.py`), are not traced; None where they are."""
     assert design.memory is not None and design.retention is not None
-    if design.memory.linear:
+    if design.memory.linear and design.refresh > 1:
         return f"memory {design.memory.kind} is linear: it has little between its products to fuse"
     if design.link_at == "token" and not design.retention.identity:
         return f"retention {design.retention.kind} is linked at every token, which forms weights a token"
@@ -146,7 +131,7 @@ def unprofitable(
     if not has_compiler():
         return "no C++ compiler (g++ or clang++, or the one in $CXX), which torch.compile needs on a CPU"
     if per_channel:
-        return "with rates or decays per channel a window is too many small blocks to compile as a whole"
+        return "it has not been measured with rates or decays per channel, which take small blocks"
     if packed:
         return "packed sequences end apart, and every number of rows would be compiled anew"
     if work is not None and work < MIN_WORK:
@@ -198,12 +183,12 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, step: Step, *flat: Tensor) -> tuple[Tensor, ...]:
         sequences, shared, slots = _split(step, flat)
         blocks = [_blocks(x, step.length) for x in sequences]
-        specs = _specs([*(x[0] for x in blocks), *shared, *slots])
-        graph = _made(_forward_graph(step, specs))
+        specs = specs_of([*(x[0] for x in blocks), *shared, *slots])
+        graph = made(_forward_graph(step, specs))
         ctx.step, kept, learned = step, [], any(ctx.needs_input_grad)
         if learned:
             # Made here, where one that cannot be has another path to go to.
-            _made(_backward_graph(step, specs, _needed(ctx, step)))
+            made(_backward_graph(step, specs, _needed(ctx, step)))
         outputs = torch.empty_like(blocks[2])
         for index in range(len(outputs)):
             kept += slots if learned else []
@@ -220,7 +205,7 @@ class _Scan(torch.autograd.Function):
         blocks, grad_blocks = [_blocks(x, step.length) for x in sequences], _blocks(grad_out, step.length)
         needed = _needed(ctx, step)
         count, carried = len(grad_slots), [x.contiguous() for x in grad_slots]
-        graph = _made(_backward_graph(step, _specs([*(x[0] for x in blocks), *shared, *kept[:count]]), needed))
+        graph = made(_backward_graph(step, specs_of([*(x[0] for x in blocks), *shared, *kept[:count]]), needed))
         found = [torch.empty_like(x) if need else None for x, need in zip(blocks, needed, strict=False)]
         found += [torch.zeros_like(x) if need else None for x, need in zip(shared, needed[len(blocks) :], strict=True)]
         for index in reversed(range(len(grad_blocks))):
@@ -242,12 +227,6 @@ def _needed(ctx: Any, step: Step) -> tuple[bool, ...]:
     return tuple(ctx.needs_input_grad[1 : 1 + step.num_inputs])
 
 
-def _made(graph: Graph | Untraceable) -> Graph:
-    if isinstance(graph, Untraceable):
-        raise graph
-    return graph
-
-
 def _split(step: Step, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Sequences, shared tensors and slots of a flat list."""
     a, b = step.num_sequences, step.num_inputs
@@ -264,20 +243,16 @@ def _sequence(x: Tensor) -> Tensor:
     return x.movedim(0, 2).flatten(2, 3)
 
 
-def _specs(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
-    return tuple(Spec(tuple(x.shape), x.dtype, x.device) for x in tensors)
-
-
 @functools.lru_cache(maxsize=64)
 def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph | Untraceable:
     """The step as a graph of tensor operations, or why there is none (kept too, so that it is tried once)."""
-    return _graph(step, _examples(specs), step.compiled)
+    return graph_of(step, examples_of(specs), step.compiled)
 
 
 @functools.lru_cache(maxsize=64)
 def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...]) -> Graph | Untraceable:
     """Its pull-back: gradients in the inputs that need one, then in all slots."""
-    examples = _examples(specs)
+    examples = examples_of(specs)
 
     def pull(*flat: Tensor) -> tuple[Tensor, ...]:
         inputs = [x.detach() for x in flat[: len(specs)]]
@@ -289,28 +264,4 @@ def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...
             return torch.autograd.grad(results, leaves, grads, materialize_grads=True)
 
     with torch.no_grad():
-        return _graph(pull, [*examples, *(torch.zeros_like(x) for x in step(*examples))], step.compiled)
-
-
-def _examples(specs: Sequence[Spec]) -> list[Tensor]:
-    return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in specs]
-
-
-def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph | Untraceable:
-    """`compiled_graph`, or what a choice's own code or the compiler had against it."""
-    try:
-        return compiled_graph(function, examples, compiled)
-    except Exception as error:
-        return Untraceable(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def compiled_graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
-    """The operations that a function of tensors laid out as the examples does, its results laid out by rows too."""
-    with torch.no_grad():
-        traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)))(*examples)
-        traced.graph.eliminate_dead_code()
-        traced.recompile()
-        if not compiled:
-            return traced
-        # Past dynamo, which has nothing to trace here and whose guards would be checked at every call.
-        return cast(Graph, torch._inductor.compile(traced, list(examples)))
+        return graph_of(pull, [*examples, *(torch.zeros_like(x) for x in step(*examples))], step.compiled)

@@ -32,7 +32,8 @@ from torch import Tensor
 from miras.design import Design
 from miras.engine.problem import MemoryState, Problem
 from miras.kernels.block import Block, Program, backward_program, forward_program
-from miras.kernels.fused import Untraceable, facts_of
+from miras.kernels.fused import facts_of
+from miras.kernels.graph import Untraceable
 
 MAX_BLOCK = 64
 """Most gradient steps a block takes."""

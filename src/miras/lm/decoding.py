@@ -21,7 +21,8 @@ from miras.design import Design, LayerDesign
 from miras.engine.chunk import Run, plan_runs
 from miras.engine.dispatch import plan
 from miras.engine.problem import MemoryState, State
-from miras.kernels.fused import Untraceable, compiled_graph, has_compiler
+from miras.kernels.fused import has_compiler
+from miras.kernels.graph import Untraceable, compiled_graph
 from miras.layer import LayerState, MemoryLayer
 from miras.lm.backbone import MirasBlock
 from miras.mixer import LayerCache
