@@ -10,6 +10,7 @@ Decay products are differences of log sums, masked before the exponential. Gates
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
     for first in range(len(sums)):
         carry, product = [], None
         for mask, total in zip(masks[first:], sums[first:], strict=True):
-            start = total.exp()
+            start = decayed(total)
             carry.append(start if product is None else (product @ start.unsqueeze(-1)).squeeze(-1))
             product = mask if product is None else product @ mask
         assert product is not None
@@ -85,7 +86,17 @@ def decay_mask(total: Tensor) -> Tensor:
     """exp(total_t - total_i) for i <= t, else 0, of cumulative log-decays [..., b]."""
     size = total.shape[-1]
     future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
+    return decayed((total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf))
+
+
+def decayed(total: Tensor) -> Tensor:
+    """exp(total), and 0 below the root of the smallest normal number (1e-19 in float32).
+
+    What is left of a gradient there is far below the rounding of its neighbours', and products of two such factors would be
+    denormal numbers, which processors multiply some hundred times as slowly.
+    """
+    least = 0.5 * math.log(torch.finfo(total.dtype).tiny)
+    return total.masked_fill(total < least, -torch.inf).exp()
 
 
 def _recent(mask: Tensor, window: int) -> Tensor:

@@ -87,7 +87,8 @@ def run_blocks(
 ) -> Tensor:
     """Outputs [B, H, N, V] of all steps from `phase` on, moving the scan's state to the end."""
     runs = plan_runs(problem.num_steps, phase, problem.design.refresh, tile)
-    return torch.cat([scan_run(problem, scan, run, path, substitute) for run in runs], dim=2)
+    outputs = [scan_run(problem, scan, run, path, substitute) for run in runs]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def scan_run(problem: Problem, scan: Slots, run: Run, path: str, substitute: Substitute = substituted_errors) -> Tensor:
@@ -247,22 +248,20 @@ class _RunScan:
         q = self._blocks(self.problem.q)
         stacked = {
             name: (
-                [torch.stack([s[name][slot] for s in starts]) for slot in range(len(starts[0][name]))],
-                Factors(torch.stack([f[name].x for f in factors]), torch.stack([f[name].g for f in factors])),
+                [_stacked([s[name][slot] for s in starts]) for slot in range(len(starts[0][name]))],
+                Factors(_stacked([f[name].x for f in factors]), _stacked([f[name].g for f in factors])),
             )
             for name in self.shapes
         }
         if self.retention.identity:
             linear = self._plain_reader(stacked)
         elif self.design.link_at == "refresh":
-            linear = self._tangent_reader(stacked, {name: torch.stack([p[name] for p in points]) for name in self.shapes})
+            linear = self._tangent_reader(stacked, {name: _stacked([p[name] for p in points]) for name in self.shapes})
         else:
             linear = self._token_reader(stacked)
         out = self.memory(q, linear, self.problem.slow)
         if self.exact_end:
-            ends = {
-                name: self.design.link(self.anchor[name] + torch.stack([s[name] for s in settled])) for name in self.shapes
-            }
+            ends = {name: self.design.link(self.anchor[name] + _stacked([s[name] for s in settled])) for name in self.shapes}
             last = self.memory(q[..., -1:, :], lambda name, h: h @ ends[name], self.problem.slow)
             out = torch.cat((out[..., :-1, :], last), dim=-2)
         return out
@@ -271,7 +270,8 @@ class _RunScan:
         """D_t = carry D_0 + mix-weighted factors, around the anchor."""
 
         def linear(name: str, h: Tensor) -> Tensor:
-            return self._start(name, h) + self._deviation(name, h, stacked)
+            # The sum lies in memory as its first term does: by rows, which the next product wants.
+            return self._deviation(name, h, stacked) + self._start(name, h)
 
         return linear
 
@@ -335,6 +335,11 @@ def _moved(total: Tensor, row: Sequence[Tensor | None], slots: Sequence[Tensor])
     for move, z in zip(row, slots, strict=True):
         total = total if move is None else torch.addcmul(total, move, z)
     return total
+
+
+def _stacked(blocks: Sequence[Tensor]) -> Tensor:
+    """Tensors of n blocks as one [n, ...], uncopied if there is only one."""
+    return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(list(blocks))
 
 
 def spread(gate: Tensor, shape: WeightShape) -> Tensor:

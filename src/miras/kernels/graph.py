@@ -8,7 +8,11 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch._inductor
 from torch import Tensor
+from torch.fx import Graph as FxGraph
+from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 
 Graph = Callable[..., Sequence[Tensor]]
 Table = Mapping[Any, Callable[..., Any]]
@@ -66,12 +70,44 @@ def compiled_graph(
         if table:
             # What stands in for an operation may lay its result out otherwise, where a view would be none.
             for node in traced.graph.nodes:
-                if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+                if node.target in VIEWS:
                     node.target = torch.ops.aten.reshape.default
         traced.graph.eliminate_dead_code()
+        _turn_products(traced.graph)
         traced.recompile()
         if not compiled:
             return traced
-        # Past dynamo, which has nothing to trace here and whose guards would be checked at every call.
-        # Its inputs are laid out as the examples by their makers.
-        return cast(Graph, torch._inductor.compile(traced, list(examples), options={"size_asserts": False}))
+        for node in traced.graph.nodes:
+            # The tracer gives every node a shape of a world of its own, which the compiler takes for one.
+            node.meta.pop("val", None)
+        # Past dynamo, which has nothing to trace here and whose guards would be checked at every call; called from C++,
+        # since from Python the calls of some fifty kernels a window take a tenth of its time; and with inputs that their
+        # makers lay out as the examples.
+        options = {"size_asserts": False, "cpp_wrapper": True}
+        return cast(Graph, torch._inductor.compile(traced, list(examples), options=options))
+
+
+def _turn_products(graph: FxGraph) -> None:
+    """Make of every (a b)^T whose a b nothing else reads b^T a^T: the same numbers, laid out as they are read.
+
+    The pull-back of x^T g gives its gradient in x transposed, and what is fused with it would turn all it reads.
+    """
+    aten = torch.ops.aten
+    for product in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        last, size = product, product.meta["val"].shape[-2:]
+        while (user := _only_user(last)) is not None and user.target in VIEWS and user.meta["val"].shape[-2:] == size:
+            last = user
+        if user is None or user.target is not aten.transpose.int:
+            continue
+        shape = user.meta["val"].shape
+        if {cast(int, axis) % len(shape) for axis in user.args[1:]} != {len(shape) - 2, len(shape) - 1}:
+            continue
+        with graph.inserting_before(product):
+            a, b = (graph.call_function(aten.transpose.int, (x, 1, 2)) for x in product.args)
+            turned = graph.call_function(aten.bmm.default, (b, a))
+            user.replace_all_uses_with(graph.call_function(aten.view.default, (turned, list(shape))))
+    graph.eliminate_dead_code()
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
