@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check bench-check format clean
+.PHONY: quickstart test test-slow test-gpu check bench-check bench-gpu format clean
 
 quickstart: $(STAMP)
 	$(BIN)/miras train recipes/quickstart.yaml
@@ -15,6 +15,10 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/pytest -n 2 -m slow
 
+# On a CUDA device: the kernels that `make test-slow` runs in Triton's interpreter.
+test-gpu: $(STAMP)
+	$(BIN)/pytest -m "" tests/kernels/triton_cases.py
+
 check: test
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -23,6 +27,10 @@ check: test
 # Speed, as ratios within one run, against benchmarks/baseline.json.
 bench-check: $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/check.py
+
+# On a CUDA device, into its page.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --out docs/results/gpu.md
 
 format: $(STAMP)
 	$(BIN)/ruff format

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 import miras
-from miras.evals.recall import MQAR, Recipe, solve
+from miras.evals.recall import Recipe, solve
+from miras.tasks import MQAR
 
 FAST: dict[str, Any] = {"inputs": {"rate": {"family": "gate map", "kind": "Sigmoid", "initial": 4.0, "maximum": 8.0}}}
 FASTER: dict[str, Any] = {"inputs": {"rate": {"family": "gate map", "kind": "Sigmoid", "initial": 6.0, "maximum": 12.0}}}

@@ -78,7 +78,7 @@ def test_gradient_keeps_no_graph_where_none_is_wanted(name: str) -> None:
 
 @pytest.mark.parametrize("name", BIASES)
 def test_slope_is_true(name: str) -> None:
-    """constant: the same at every y; affine: c_t (y - y0_t), one c_t >= 0 a token; general: neither."""
+    """constant: the same at every y; affine: c_t (y - y0_t), one c_t >= 0 a token whatever v; general: neither."""
     b, (y, v, gates) = BIASES[name], example()
     other, origin = 3 * torch.randn_like(y), torch.zeros_like(y)
     at = {key: b.gradient(p, v, gates).detach() for key, p in (("y", y), ("other", other), ("origin", origin))}
@@ -94,6 +94,9 @@ def test_slope_is_true(name: str) -> None:
         assert affine
         assert not constant
         assert float(slopes.min()) >= 0
+        none = torch.zeros_like(v[..., :1])
+        alone = b.gradient(none + 1, none, gates) - b.gradient(none, none, gates)
+        torch.testing.assert_close(alone.expand_as(slopes), slopes, atol=1e-9, rtol=1e-9)
     elif name != "Lp 2":  # which is L2, under a name that covers every p
         assert not affine
         assert not constant

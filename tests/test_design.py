@@ -11,7 +11,8 @@ import torch
 
 from miras import bias, learning, memory, models, retention
 from miras.design import Design, Pattern, design_from
-from miras.features import WindowRate
+from miras.features import DiagonalImplicit, Discretized, ForgetKeys, InContext, MiniBatch, WindowRate
+from miras.inputs import Features, Inputs, Sigmoid
 from tests.table import TABLE, Row
 
 CHOICES: dict[str, Any] = {
@@ -107,6 +108,14 @@ def test_features_that_do_not_fit_are_refused() -> None:
         models.rwkv7(learning=learning.GradientDescent())
     with pytest.raises(ValueError, match=r"Discretized make one decay a key, learning MultiStep\(n=2\) takes one a token"):
         models.mamba2(learning=learning.MultiStep(2))
+
+
+@pytest.mark.parametrize("features", [Discretized(), DiagonalImplicit(), ForgetKeys(), InContext(), MiniBatch()], ids=str)
+def test_attention_refuses_what_belongs_to_fast_weights(features: Features) -> None:
+    with pytest.raises(ValueError, match=rf"{features.kind} make or read the rates or decays.*NonParametric has none"):
+        models.transformer(inputs=Inputs(features, decay=None))
+    with pytest.raises(ValueError, match=r"inputs\.gates has delta; learning NonParametric reads no gates"):
+        models.transformer(inputs=Inputs(gates={"delta": Sigmoid()}))
 
 
 def test_facts() -> None:

@@ -219,6 +219,9 @@ def test_features_keep_dtype() -> None:
         (lambda: Output(gate="relu"), "gate='relu'; allowed: 'silu', 'sigmoid'"),
         (lambda: Output(between="relu"), "between='relu'; allowed: 'silu', 'sigmoid'"),
         (lambda: Output(rank=0), "rank=0; must be at least 1"),
+        (lambda: Output(gate=None, rank=4), "gate=None with rank=4.*belong to the gate's projection"),
+        (lambda: Output(gate=None, gate_bias=True), "gate=None with .*gate_bias=True"),
+        (lambda: Output(between="tanh"), "between='tanh' with rank=None: only a low-rank projection has a middle"),
         (lambda: Output(groups=0), "groups=0; must be at least 1"),
     ],
 )

@@ -115,7 +115,7 @@ def test_block_picks_one_of_a_batch() -> None:
     logs = -torch.rand(4, 2, 5, dtype=torch.float64)
     batch = build_system((logs, 2 * logs))
     alone: System = build_system((logs[1], 2 * logs[1]))
-    picked = batch.block(1)
+    picked = batch.unbind()[1]
     assert torch.equal(picked.mix, alone.mix)
     assert all(torch.equal(a, b) for a, b in zip(picked.carry, alone.carry, strict=True))
 

@@ -17,7 +17,7 @@ from miras.arrangement import make_mixer
 from miras.design import Design, MemoryAsContext, MemoryAsGate, Pattern
 from miras.engine import PATHS, AttentionState, MemoryState, explain, memorize
 from miras.layer import MemoryLayer
-from miras.lm import MirasCache, MirasConfig, MirasForCausalLM, MirasModel
+from miras.lm import MirasCache, MirasConfig, MirasForCausalLM, MirasModel, compile_decoding
 from miras.stream import stream
 
 __version__ = "0.1.0"
@@ -36,6 +36,7 @@ __all__ = [
     "MirasModel",
     "Pattern",
     "bias",
+    "compile_decoding",
     "explain",
     "features",
     "inputs",

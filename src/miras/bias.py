@@ -30,8 +30,9 @@ class Bias(Choice, abstract=True):
     """An inner loss, summed over the value axis.
 
     Facts: `slope` says how the gradient depends on y: "constant" (not at all), "affine" (c_t (y - y0_t) with one
-    number c_t >= 0 a token) or "general". `implicit` means that it reads the gate "smoothing" = eta_t ||k_t||^2,
-    which the engine supplies. Its `symbols` are the loss "l = ..." and the gradient "g = ..." in y, v and e = y - v.
+    number c_t >= 0 a token that depends on the gates only) or "general". `implicit` means that it reads the gate
+    "smoothing" = eta_t ||k_t||^2, which the engine supplies. Its `symbols` are the loss "l = ..." and the gradient
+    "g = ..." in y, v and e = y - v.
     """
 
     family: ClassVar[str] = "bias"

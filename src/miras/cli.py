@@ -1,10 +1,12 @@
-"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `table`, `explain` and `bench`."""
+"""The command line: `miras train`, `eval`, `generate`, `convert`, `report`, `study`, `table`, `explain` and `bench`."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -142,6 +144,40 @@ def report(
 
 
 @app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study, for example recipes/studies/recall.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example seeds=[0] train.steps=50.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Its folder (default: the file's `out`).")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster; default: the cores of this machine.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Runs at a time (default: all that fit); 0: in this process, without Ray.")
+    ] = None,
+    retry: Annotated[bool, typer.Option("--retry", help="Repeat the runs that failed or diverged.")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing: report on the runs there are.")] = False,
+) -> None:
+    """Train every run of a study that is not done yet, and report: tables, tests, figures. Kill and repeat it at will."""
+    from miras.study.config import read_study, restricted
+    from miras.study.page import write_study_report
+    from miras.study.plan import check_heatmaps
+    from miras.study.runner import run_study
+
+    _set_up()
+    whole = read_study(file, [*(overrides or []), *([f"out={out}"] if out else [])])
+    check_heatmaps(whole)
+    what = restricted(whole, task or [], model or [])
+    parts = [("--task", name) for name in task or []] + [("--model", name) for name in model or []]
+    parts += [("--out", str(out))] if out else []
+    if not report_only:
+        run_study(what, address, workers, retry)
+    page, markdown = write_study_report(
+        what, shlex.join(["miras", "study", str(file), *(overrides or []), *itertools.chain(*parts)])
+    )
+    print(f"report: {page} and {markdown}")
+
+
+@app.command()
 def table(
     head_dim: HeadDim = 64,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print GitHub Markdown.")] = False,
@@ -168,7 +204,7 @@ def explain(
     from rich.console import Console
 
     from miras.describe import describe_named
-    from miras.train.config import read_overrides
+    from miras.sections import read_overrides
 
     console = Console()
     text = describe_named(model, read_overrides(overrides or []), head_dim, console.width)
@@ -188,7 +224,7 @@ def bench(
     refresh: Annotated[str | None, typer.Option(help="Refresh windows by commas (default: the model's).")] = None,
     mode: Annotated[str, typer.Option(help="By commas: forward, forward+backward, decode.")] = "forward,forward+backward",
     peers: Annotated[
-        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, fla.")
+        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, delta-rule, fla.")
     ] = "floor,ttt-mlp,sdpa",
     path: Annotated[list[str] | None, typer.Option(help="A path of the engine to measure too; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "float32",

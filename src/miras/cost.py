@@ -52,12 +52,12 @@ def measure(design: Design, head_dim: int) -> Cost:
         layer = MemoryLayer(heads * head_dim, heads, design, head_dim)
     plan, key_dim, value_dim = layer.explain(), layer.key_dim, layer.value_dim
     if not design.parametric:
-        window = getattr(design.learning, "window", None)
+        window = design.learning.attended
         # The token's own key and value are the last of its window: the state keeps those before it.
         numbers = key_dim + value_dim
         if window is None:
             return Cost({}, 1, numbers, 2.0 * numbers, True, plan)
-        seen = window + getattr(design.learning, "persistent", 0)
+        seen = window + design.learning.num_persistent
         return Cost({}, 1, (window - 1) * numbers, 2.0 * seen * numbers, False, plan)
     weights = {name: (d_in, d_out) for name, (_, d_in, d_out) in layer.memory.shapes.items()}
     copies = design.learning.slots + int(design.refresh > 1)
@@ -108,7 +108,9 @@ def _step_flops(design: Design, shape: Shape, inner: bool, path: str, length: in
     if path == "reference":
         return (passes + 2) * product
     if path == "triangular":
-        error = start + (0 if design.bias.slope == "constant" else length * pair)
+        # Scores and solved errors are a pair, and what each slot is read with is solved for too.
+        solved = length * (pair + 2 * design.learning.slots * shape[0])
+        error = 0 if design.bias.slope == "constant" else start + solved
     elif path == "substituted":
         error = passes * (start + (length - 1) / 2 * pair)
     else:

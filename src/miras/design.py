@@ -60,6 +60,7 @@ class Design(Choice):
             "point is fixed; use gradient_at='previous' or refresh=1",
         )
         if not self.learning.parametric:
+            self._require_attention_inputs()
             return
         assert self.memory is not None
         require(
@@ -96,6 +97,15 @@ class Design(Choice):
             f"retention {self.retention.kind} keeps the inputs of each output unit on a simplex, and {single} of "
             f"{self.memory} have one input: they could not learn. Use SignedKL(), or a memory without them",
         )
+
+    def _require_attention_inputs(self) -> None:
+        features, gates = self.inputs.features, self.inputs.gates
+        require(
+            not (features.needs_rate or features.makes_decay or features.makes_steps),
+            f"features {features.kind} make or read the rates or decays of a memory with fast weights; "
+            f"learning {self.learning.kind} has none. Plain(), Normalized() or Rotary() fit",
+        )
+        require(not gates, f"inputs.gates has {', '.join(sorted(gates))}; learning {self.learning.kind} reads no gates")
 
     @property
     def parametric(self) -> bool:

@@ -132,6 +132,8 @@ class MiniBatch(Rotary):
 
     length: int = 16
 
+    needs_rate: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         require(self.length >= 1, f"MiniBatch length={self.length}; must be the design's refresh, at least 1")
 
@@ -185,6 +187,7 @@ class DiagonalImplicit(Features):
     """
 
     makes_decay: ClassVar[bool] = True
+    needs_rate: ClassVar[bool] = True
     per_channel: ClassVar[bool] = True
 
     @property
@@ -207,6 +210,7 @@ class Discretized(Features):
     """
 
     makes_decay: ClassVar[bool] = True
+    needs_rate: ClassVar[bool] = True
 
     @property
     def symbols(self) -> str:
@@ -235,6 +239,7 @@ class InContext(Features):
     """
 
     makes_steps: ClassVar[int] = 2
+    needs_rate: ClassVar[bool] = True
     shares: ClassVar[bool] = True
     per_channel: ClassVar[bool] = True
     supplies: ClassVar[tuple[str, ...]] = ("ridge",)

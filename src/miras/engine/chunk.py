@@ -16,11 +16,15 @@ from torch import Tensor
 
 from miras.engine.errors import (
     Factors,
+    Past,
     Steps,
+    Substitute,
     TriangularSolver,
     bias_gates,
+    carried,
     frozen_errors,
     masked_product,
+    shared_product,
     substituted_errors,
 )
 from miras.engine.problem import MemoryState, Problem
@@ -43,6 +47,16 @@ class Run(NamedTuple):
     ends: bool
 
 
+class Block(NamedTuple):
+    """One block of a run, with its system one step earlier where errors are taken at moving weights."""
+
+    steps: Steps
+    system: System
+    log_decay: Tensor
+    mix_before: Tensor | None
+    carry_before: tuple[Tensor, ...]
+
+
 @dataclass
 class Slots:
     """State of the scan: per weight the slots [B, H, d_in, d_out] and the deviation at the last window end."""
@@ -51,10 +65,15 @@ class Slots:
     point: dict[str, Tensor]
 
 
-def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tuple[Tensor, MemoryState]:
-    """Outputs [B, H, N, V] and the final state by `path` (frozen, triangular, substituted or recurrent)."""
+def run_chunks(
+    problem: Problem, state: MemoryState, path: str, tile: int, substitute: Substitute = substituted_errors
+) -> tuple[Tensor, MemoryState]:
+    """Outputs [B, H, N, V] and the final state by `path` (frozen, triangular, substituted or recurrent).
+
+    `substitute` finds the errors of a block on path "substituted".
+    """
     scan = Slots({name: list(x.unbind(2)) for name, x in state.slots.items()}, dict(state.point))
-    out = run_blocks(problem, scan, int(state.phase[0]), path, tile)
+    out = run_blocks(problem, scan, state.phase.tolist()[0], path, tile, substitute)
     final = MemoryState(
         {name: torch.stack(z, dim=2) for name, z in scan.slots.items()},
         scan.point,
@@ -63,10 +82,18 @@ def run_chunks(problem: Problem, state: MemoryState, path: str, tile: int) -> tu
     return out, final
 
 
-def run_blocks(problem: Problem, scan: Slots, phase: int, path: str, tile: int) -> Tensor:
+def run_blocks(
+    problem: Problem, scan: Slots, phase: int, path: str, tile: int, substitute: Substitute = substituted_errors
+) -> Tensor:
     """Outputs [B, H, N, V] of all steps from `phase` on, moving the scan's state to the end."""
     runs = plan_runs(problem.num_steps, phase, problem.design.refresh, tile)
-    return torch.cat([_RunScan(problem, run, path).scan(scan) for run in runs], dim=2)
+    outputs = [scan_run(problem, scan, run, path, substitute) for run in runs]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def scan_run(problem: Problem, scan: Slots, run: Run, path: str, substitute: Substitute = substituted_errors) -> Tensor:
+    """Outputs [B, H, n * b, V] of one run, moving the scan's state to its end."""
+    return _RunScan(problem, run, path, substitute).scan(scan)
 
 
 def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:
@@ -90,8 +117,8 @@ def plan_runs(num_steps: int, phase: int, refresh: int, tile: int) -> list[Run]:
 class _RunScan:
     """One run of blocks: what is shared before the scan, the scan itself, and the read-out after it."""
 
-    def __init__(self, problem: Problem, run: Run, path: str) -> None:
-        self.problem, self.run, self.path = problem, run, path
+    def __init__(self, problem: Problem, run: Run, path: str, substitute: Substitute) -> None:
+        self.problem, self.run, self.path, self.substitute = problem, run, path, substitute
         self.design, self.shapes = problem.design, problem.shapes
         assert self.design.memory is not None and self.design.retention is not None
         self.memory, self.retention = self.design.memory, self.design.retention
@@ -110,9 +137,6 @@ class _RunScan:
         if self.moving:
             decayed = self.design.gradient_at == "decayed"
             self.mix_before, self.carry_before = self.system.before(self.log_decay if decayed else None)
-        if path == "triangular":
-            ((self.name, shape),) = self.shapes.items()
-            self.solver = TriangularSolver(self.design, shape, self.steps, self.mix_before)
         # Where the weights at a window end differ from what the block's own read-out formula says.
         settles = self.retention.settles or self.design.learning.settles
         tangent = self.design.link_at == "refresh" and not self.retention.identity
@@ -126,16 +150,36 @@ class _RunScan:
 
     def scan(self, state: Slots) -> Tensor:
         """Move the state over the run; outputs [B, H, n * b, V]."""
+        out = self._scan_solved(state) if self.path == "triangular" else self._scan_blocks(state)
+        return out.movedim(0, 2).flatten(2, 3)
+
+    def _scan_solved(self, state: Slots) -> Tensor:
+        """The same where all errors are solved for before the scan; outputs [n, B, H, b, V]."""
+        ((name, shape),) = self.shapes.items()
+        predicted = self.anchored and self.design.bias.slope != "constant"
+        start = self._start(name, self.steps.k) if predicted else None
+        solver = TriangularSolver(self.design, shape, self.steps, start, self.mix_before, self.carry_before)
+        x = solver.x.mT
+        writes = [x * (w.unsqueeze(-2) if w.dim() < x.dim() else w) for w in self.system.write]
+        moves = [[None if m is None else m.reshape(*m.shape[:3], -1, 1) for m in row] for row in self.system.move]
+        errors, starts, state.slots[name] = scan_solved(solver, writes, moves, state.slots[name])
+        if self.run.ends:
+            state.point[name] = state.slots[name][0]
+        linear = self._plain_reader({name: (starts, Factors(solver.x, errors))})
+        return self.memory(self._blocks(self.problem.q), linear, self.problem.slow)
+
+    def _scan_blocks(self, state: Slots) -> Tensor:
+        """The same block by block; outputs [n, B, H, b, V]."""
         starts: list[dict[str, list[Tensor]]] = []
         points: list[dict[str, Tensor]] = []
         factors: list[dict[str, Factors]] = []
         settled: list[dict[str, Tensor]] = []
         weights = self._point_weights(state)
-        for index in range(self.run.blocks):
+        for block in self._each():
             starts.append({name: list(z) for name, z in state.slots.items()})
             points.append(dict(state.point))
-            factors.append(self._errors(index, state, weights))
-            self._write(index, state, factors[-1])
+            factors.append(self._errors(block, state, weights))
+            self._write(block.system, state, factors[-1])
             if self.run.ends:
                 self._settle(state)
                 if not self.moving:
@@ -143,44 +187,39 @@ class _RunScan:
             settled.append(dict(state.point))
         return self._read(starts, points, factors, settled)
 
+    def _each(self) -> list[Block]:
+        mixes: Sequence[Tensor | None] = [None] * self.run.blocks
+        carries: Sequence[tuple[Tensor, ...]] = [()] * self.run.blocks
+        if self.moving:
+            mixes, carries = self.mix_before.unbind(), list(zip(*(x.unbind() for x in self.carry_before), strict=True))
+        rows = zip(self.steps.unbind(), self.system.unbind(), self.log_decay.unbind(), mixes, carries, strict=True)
+        return [Block(*row) for row in rows]
+
     def _point_weights(self, state: Slots) -> dict[str, Tensor]:
         return {name: self.design.link(self.anchor[name] + x) for name, x in state.point.items()}
 
-    def _errors(self, index: int, state: Slots, weights: dict[str, Tensor]) -> dict[str, Factors]:
-        if not self.moving:
-            return frozen_errors(self.design, self.shapes, self._frozen_at(index, state, weights), self._steps(index))
-        carry = [x[index] for x in self.carry_before]
-        if self.path == "triangular":
-            k, slots = self.steps.k[index], state.slots[self.name]
-            initial = self._start(self.name, k) + carried(k, slots, carry, self.shapes[self.name])
-            return {self.name: self.solver.factors(index, initial)}
+    def _errors(self, block: Block, state: Slots, weights: dict[str, Tensor]) -> dict[str, Factors]:
+        if block.mix_before is None:
+            return frozen_errors(self.design, self.shapes, self._frozen_at(block, state, weights), block.steps)
 
-        def at_step(name: str, x: Tensor, t: int) -> Tensor:
-            return carried(x, state.slots[name], [c[..., t : t + 1] for c in carry], self.shapes[name])
+        past = Past(self.anchor if self.anchored else {}, state.slots, list(block.carry_before), block.mix_before)
+        return self.substitute(self.design, self.shapes, block.steps, past)
 
-        mixes = dict.fromkeys(self.shapes, self.mix_before[index])
-        return substituted_errors(self.design, self.shapes, self._steps(index), self._start, mixes, at_step)
-
-    def _frozen_at(self, index: int, state: Slots, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _frozen_at(self, block: Block, state: Slots, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Gradient point of a block: the last window end, or with decay applied where the design says so (b = 1)."""
         if self.design.gradient_at == "previous":
             return weights
-        alpha = self.log_decay[index].exp()
+        alpha = block.log_decay.exp()
         return {
             name: self.design.link(self.anchor[name] + spread(alpha[..., 0], shape) * state.slots[name][0])
             for name, shape in self.shapes.items()
         }
 
-    def _steps(self, index: int) -> Steps:
-        s = self.steps
-        return Steps(s.k[index], s.v[index], s.lr[index], {name: x[index] for name, x in s.gates.items()}, s.slow)
-
     def _start(self, name: str, x: Tensor) -> Tensor:
         """The anchor's share of a product."""
         return shared_product(x, self.anchor[name]) if self.anchored else x.new_zeros(())
 
-    def _write(self, index: int, state: Slots, factors: dict[str, Factors]) -> None:
-        system = self.system.block(index)
+    def _write(self, system: System, state: Slots, factors: dict[str, Factors]) -> None:
         for name, shape in self.shapes.items():
             old = state.slots[name]
             state.slots[name] = [
@@ -205,35 +244,34 @@ class _RunScan:
         factors: list[dict[str, Factors]],
         settled: list[dict[str, Tensor]],
     ) -> Tensor:
-        """Read-outs of all blocks of the run at once, [B, H, n * b, V]."""
+        """Read-outs of all blocks of the run at once, [n, B, H, b, V]."""
         q = self._blocks(self.problem.q)
         stacked = {
             name: (
-                [torch.stack([s[name][slot] for s in starts]) for slot in range(len(starts[0][name]))],
-                Factors(torch.stack([f[name].x for f in factors]), torch.stack([f[name].g for f in factors])),
+                [_stacked([s[name][slot] for s in starts]) for slot in range(len(starts[0][name]))],
+                Factors(_stacked([f[name].x for f in factors]), _stacked([f[name].g for f in factors])),
             )
             for name in self.shapes
         }
         if self.retention.identity:
             linear = self._plain_reader(stacked)
         elif self.design.link_at == "refresh":
-            linear = self._tangent_reader(stacked, {name: torch.stack([p[name] for p in points]) for name in self.shapes})
+            linear = self._tangent_reader(stacked, {name: _stacked([p[name] for p in points]) for name in self.shapes})
         else:
             linear = self._token_reader(stacked)
         out = self.memory(q, linear, self.problem.slow)
         if self.exact_end:
-            ends = {
-                name: self.design.link(self.anchor[name] + torch.stack([s[name] for s in settled])) for name in self.shapes
-            }
+            ends = {name: self.design.link(self.anchor[name] + _stacked([s[name] for s in settled])) for name in self.shapes}
             last = self.memory(q[..., -1:, :], lambda name, h: h @ ends[name], self.problem.slow)
             out = torch.cat((out[..., :-1, :], last), dim=-2)
-        return out.movedim(0, 2).flatten(2, 3)
+        return out
 
     def _plain_reader(self, stacked: Stacked) -> Linear:
         """D_t = carry D_0 + mix-weighted factors, around the anchor."""
 
         def linear(name: str, h: Tensor) -> Tensor:
-            return self._start(name, h) + self._deviation(name, h, stacked)
+            # The sum lies in memory as its first term does: by rows, which the next product wants.
+            return self._deviation(name, h, stacked) + self._start(name, h)
 
         return linear
 
@@ -267,10 +305,41 @@ class _RunScan:
         return carried(h, slots, self.system.carry, shape) + masked_product(h, pairs, self.system.mix, shape.channel_axis)
 
 
-def shared_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight for x [..., H, b, d_in] and weight [H, d_in, d_out], as one large product a head."""
-    rows = x.movedim(-3, 0)
-    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim(0, -3)
+def scan_solved(
+    solver: TriangularSolver, writes: Sequence[Tensor], moves: Sequence[Sequence[Tensor | None]], slots: Sequence[Tensor]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Errors g [n, B, H, b, V] of n blocks, the slots [n, B, H, d_in, d_out] at the start of each, and those at the end.
+
+    g = base + sum_l reads[l] z_l,    z_j <- sum_l moves[j][l] z_l + writes[j] g
+    """
+    # Flat batches: with two leading axes every product would be reshaped to one and back.
+    batch = solver.base.shape[1:3]
+    base, *reads = (x.flatten(1, 2).unbind() for x in (solver.base, *solver.reads))
+    rows = [x.flatten(1, 2).unbind() for x in writes]
+    kept = [[None if x is None else x.flatten(1, 2).unbind() for x in row] for row in moves]
+    z, errors, starts = [x.flatten(0, 1) for x in slots], [], []
+    for i, g in enumerate(base):
+        for read, x in zip(reads, z, strict=False):
+            g = torch.baddbmm(g, read[i], x)
+        errors.append(g)
+        starts.append(z)
+        z = [
+            _moved(write[i] @ g, [None if m is None else m[i] for m in row], z)
+            for write, row in zip(rows, kept, strict=True)
+        ]
+    stacked = [torch.stack(x).unflatten(1, batch) for x in zip(*starts, strict=True)]
+    return torch.stack(errors).unflatten(1, batch), stacked, [x.unflatten(0, batch) for x in z]
+
+
+def _moved(total: Tensor, row: Sequence[Tensor | None], slots: Sequence[Tensor]) -> Tensor:
+    for move, z in zip(row, slots, strict=True):
+        total = total if move is None else torch.addcmul(total, move, z)
+    return total
+
+
+def _stacked(blocks: Sequence[Tensor]) -> Tensor:
+    """Tensors of n blocks as one [n, ...], uncopied if there is only one."""
+    return blocks[0].unsqueeze(0) if len(blocks) == 1 else torch.stack(list(blocks))
 
 
 def spread(gate: Tensor, shape: WeightShape) -> Tensor:
@@ -278,21 +347,6 @@ def spread(gate: Tensor, shape: WeightShape) -> Tensor:
     if gate.dim() == 2:
         return gate[..., None, None]
     return gate.unsqueeze(-1) if shape.channel_axis == 0 else gate.unsqueeze(-2)
-
-
-def carried(h: Tensor, slots: Sequence[Tensor], carry: Sequence[Tensor], shape: WeightShape) -> Tensor:
-    """sum_l carry[l][t] (h_t @ slots[l]) for h [..., b, d_in] and carry [..., (C), b]."""
-    total: Tensor | None = None
-    for z, c in zip(slots, carry, strict=True):
-        if c.dim() < h.dim():
-            part = c.unsqueeze(-1) * (h @ z)
-        elif shape.channel_axis == 0:
-            part = (c.mT * h) @ z
-        else:
-            part = c.mT * (h @ z)
-        total = part if total is None else total + part
-    assert total is not None
-    return total
 
 
 def written(factors: Factors, write: Tensor, shape: WeightShape) -> Tensor:

@@ -18,9 +18,12 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
-from miras.kernels.fused import Untraceable, run_fused, unfit, unprofitable, work_of
+from miras.kernels import fla_ops, scan
+from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
+from miras.kernels.graph import Untraceable
+from miras.kernels.online import run_online
 
-PATHS = ("attention", "triangular", "substituted", "fused", "frozen", "recurrent", "reference")
+PATHS = ("attention", "fla", "triton", "triangular", "fused", "substituted", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
 TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
@@ -42,8 +45,8 @@ class Plan:
         return "\n".join(lines)
 
 
-def refusal(path: str, design: Design) -> str | None:
-    """Why a path cannot run a design, from declared facts; None where it can."""
+def refusal(path: str, design: Design, widths: tuple[int, int] | None = None) -> str | None:
+    """Why a path cannot run a design, from declared facts and, if known, the widths of k and v; None where it can."""
     if not design.parametric:
         return None if path == "attention" else "the design has no fast weights"
     assert design.memory is not None and design.retention is not None
@@ -53,7 +56,11 @@ def refusal(path: str, design: Design) -> str | None:
         return None
     if not design.learning.linear:
         return f"learning {design.learning.kind} gives no block matrices"
+    if path == "triton":
+        return scan.unfit(design, widths)
     settles = design.retention.settles or design.learning.settles
+    if path == "fused":
+        return unfit(design) if design.refresh > 1 else refusal("substituted", design) or unfit(design)
     if path in ("triangular", "substituted"):
         if not design.retention.identity:
             return f"the link of retention {design.retention.kind} is not the identity"
@@ -66,11 +73,11 @@ def refusal(path: str, design: Design) -> str | None:
             return f"memory {design.memory.kind} is not linear in its weights"
         if path == "triangular" and design.bias.slope == "general":
             return f"the gradient of bias {design.bias.kind} is not affine"
-    if path in ("fused", "frozen") and design.refresh == 1:
+    if path == "frozen" and design.refresh == 1:
         return "refresh=1: gradients move at every step"
     if path == "recurrent" and design.refresh > 1:
         return "blocks of one step are needed with refresh=1 only"
-    return unfit(design) if path == "fused" else None
+    return fla_ops.unfit(design) if path == "fla" else None
 
 
 def plan(
@@ -79,27 +86,39 @@ def plan(
     per_channel: bool = False,
     *,
     device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
     work: int | None = None,
     packed: bool = False,
+    widths: tuple[int, int] | None = None,
 ) -> Plan:
     """Choose the first path that accepts the design and pays for `work` (see `work_of`), or check the one asked for.
+
+    `device` and `dtype` are those of the inputs, `widths` those of keys and values, as far as they are known.
 
     Raises:
         ValueError: unknown path, or one that refuses the design.
     """
-    refusals = {name: reason for name in PATHS if (reason := refusal(name, design)) is not None}
+    device = device or torch.device("cpu")
+    refusals = {name: reason for name in PATHS if (reason := refusal(name, design, widths)) is not None}
+    if (reason := fla_ops.unavailable(device, dtype, widths)) is not None:
+        refusals.setdefault("fla", reason)
+    if (reason := scan.unusable(device)) is not None:
+        refusals.setdefault("triton", reason)
     if path is None:
-        reason = unprofitable(device or torch.device("cpu"), work, packed=packed, per_channel=per_channel)
+        refusals.setdefault("triton", scan.UNMEASURED)
+        reason = unprofitable(device, work, packed=packed, per_channel=per_channel)
         if reason is not None:
             refusals.setdefault("fused", reason)
+        if device.type != "cuda":
+            refusals.setdefault("fla", "Triton's interpreter is there to test kernels: ask for it by name")
         path = next(name for name in PATHS if name not in refusals)
     elif path not in PATHS:
         raise ValueError(f"path={path!r}; allowed: {', '.join(PATHS)}, or None to choose")
     elif path in refusals:
         able = [name for name in PATHS if name not in refusals]
         raise ValueError(f"path={path!r} refuses this design: {refusals[path]}; able: {', '.join(able)}")
-    tile = TILES.get(path, 1)
-    if path in ("fused", "frozen"):
+    tile = TILES.get("substituted" if path == "fused" and design.refresh == 1 else path, 1)
+    if path in ("fused", "frozen") and design.refresh > 1:
         tile = min(tile, design.refresh)
         assert design.retention is not None
         if design.link_at == "token" and not design.retention.identity:
@@ -108,16 +127,22 @@ def plan(
 
 
 def explain(
-    design: Design, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, per_channel: bool = False
+    design: Design,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    per_channel: bool = False,
+    widths: tuple[int, int] | None = None,
 ) -> Plan:
     """Which path runs a design and why the others refused; print it.
 
-    Of the paths only "fused" depends on the device and on the amount of work: what is said of it holds for long sequences,
-    and short ones run as "frozen". Half-precision inputs are computed in float32.
+    Only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones run as the next
+    path that accepts the design. "fla" and "triton" depend on the `widths` of keys and values too, and compute products of
+    half-precision inputs in half precision; every other path computes them in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
-    return plan(design, per_channel=per_channel, device=torch.device(device))
+    return plan(design, per_channel=per_channel, device=torch.device(device), dtype=dtype, widths=widths)
 
 
 def memorize(
@@ -167,13 +192,14 @@ def memorize(
         check_values(q, k, v, design=design, weights=weights, lr=lr, log_decay=log_decay, gates=gates)
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
     work = work_of(design, k, v) if design.parametric else 0
-    chosen = plan(design, path, per_channel, device=k.device, work=work, packed=cu_seqlens is not None)
+    packed, widths = cu_seqlens is not None, (k.shape[-1], v.shape[-1])
+    chosen = plan(design, path, per_channel, device=k.device, dtype=k.dtype, work=work, packed=packed, widths=widths)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if initial_state is not None:
         check_state(initial_state, design, rows, k, v)
     if not design.parametric:
         assert initial_state is None or isinstance(initial_state, AttentionState)
-        window = getattr(design.learning, "window", None)
+        window = design.learning.attended
         if cu_seqlens is None:
             out, final = run_attention(q, k, v, window, initial_state, weights)
         else:
@@ -188,12 +214,16 @@ def memorize(
         past = None if initial_state is None else initial_state.map(_tracked)
         problem = _tracked_problem(problem)
         try:
-            out, state = _run(problem, chosen, past, cu_seqlens)
+            if chosen.path == "fla":
+                out, state = _run_fla(problem, past, cu_seqlens, decays=log_decay is not None)
+            else:
+                out, state = _run(problem, chosen, past, cu_seqlens, v.dtype)
         except Untraceable as error:
             if path is not None:
                 raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
-            warnings.warn(f"path 'fused' cannot run this design here, which runs as 'frozen': {error}", stacklevel=2)
-            out, state = _run(problem, plan(design, "frozen", per_channel), past, cu_seqlens)
+            other = "substituted" if design.refresh == 1 else "frozen"
+            warnings.warn(f"path 'fused' cannot run this design here, which runs as '{other}': {error}", stacklevel=2)
+            out, state = _run(problem, plan(design, other, per_channel), past, cu_seqlens, v.dtype)
     return out.to(v.dtype), state if output_final_state else None
 
 
@@ -244,7 +274,9 @@ def _tracked_problem(problem: Problem) -> Problem:
     return replace(problem.mapped(_tracked), weights=weights, slow=slow)
 
 
-def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None) -> tuple[Tensor, MemoryState]:
+def _run(
+    problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, MemoryState]:
     n = problem.design.learning.micro_steps
     lengths = torch.full((problem.q.shape[0],), problem.num_steps)
     source = None
@@ -255,7 +287,12 @@ def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: 
     run = run_reference
     if chosen.path == "fused":
         compiled = unprofitable(problem.k.device, work_of(problem.design, problem.k, problem.v)) is None
-        run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
+        if problem.design.refresh == 1:
+            run = functools.partial(run_online, tile=chosen.tile, compiled=compiled)
+        else:
+            run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
+    elif chosen.path == "triton":
+        run = functools.partial(scan.run_scan, operands=scan.operands_of(dtype), handed=state is not None)
     elif chosen.path != "reference":
         run = functools.partial(run_chunks, path=chosen.path, tile=chosen.tile)
     if state is None:
@@ -265,6 +302,19 @@ def _run(problem: Problem, chosen: Plan, state: MemoryState | None, cu_seqlens: 
         out = out.transpose(1, 2).flatten(0, 1)[source].unsqueeze(0)
     else:
         out = out.transpose(1, 2)
+    return out[:, n - 1 :: n], final
+
+
+def _run_fla(
+    problem: Problem, state: MemoryState | None, cu_seqlens: Tensor | None, *, decays: bool
+) -> tuple[Tensor, MemoryState]:
+    n = problem.design.learning.micro_steps
+    if state is None:
+        state = problem.initial_state()
+        if cu_seqlens is not None:
+            state = state.index_select(torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64))
+    bounds = None if cu_seqlens is None else cu_seqlens.to(problem.q.device) * n
+    out, final = fla_ops.run_fla(problem, state, bounds, decays=decays)
     return out[:, n - 1 :: n], final
 
 

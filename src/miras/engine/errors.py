@@ -1,13 +1,13 @@
 """Errors of a block: the back-propagated output gradients that, with the inputs, make every gradient a rank-one product.
 
 Three ways to the same factors (x_i, g_i) of u_i = -eta_i grad_W = x_i g_i^T, one pair per weight and gradient step:
-`frozen_errors` at weights that stand still over the block, `triangular_errors` and `substituted_errors` for the exact
+`frozen_errors` at weights that stand still over the block, `TriangularSolver` and `substituted_errors` for the exact
 online learner, whose weights move at every step (docs/equations.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,8 +34,11 @@ class Steps(NamedTuple):
     gates: dict[str, Tensor]
     slow: dict[str, Tensor]
 
-
-Read = Callable[[str, Tensor], Tensor]
+    def unbind(self) -> list[Steps]:
+        """Each of a batch of blocks, along the first axis."""
+        gates = {name: x.unbind() for name, x in self.gates.items()}
+        rows = zip(self.k.unbind(), self.v.unbind(), self.lr.unbind(), strict=True)
+        return [Steps(*row, {name: x[i] for name, x in gates.items()}, self.slow) for i, row in enumerate(rows)]
 
 
 def bias_gates(design: Design, k: Tensor, lr: Tensor, gates: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,16 +53,16 @@ def frozen_errors(
     design: Design, shapes: dict[str, WeightShape], weights: dict[str, Tensor], steps: Steps
 ) -> dict[str, Factors]:
     """Factors of a block whose gradients are all taken at `weights` [..., d_in, d_out]."""
-    return _errors(design, shapes, steps, lambda name, x: x @ weights[name])
+    return scaled(raw_errors(design, shapes, steps, lambda name, x: x @ weights[name]), steps.lr, shapes)
 
 
-def _errors(design: Design, shapes: dict[str, WeightShape], steps: Steps, linear: Linear) -> dict[str, Factors]:
+def raw_errors(design: Design, shapes: dict[str, WeightShape], steps: Steps, linear: Linear) -> dict[str, Factors]:
+    """What every product reads and the error at its output, rates and signs left out: grad_W = x_i g_i^T."""
     memory, outer = design.memory, torch.is_grad_enabled()
     assert memory is not None
     if memory.linear:
         (name,) = shapes
-        g = design.bias.gradient(linear(name, steps.k), steps.v, steps.gates)
-        return {name: _factors(steps.k, g, steps.lr, shapes[name])}
+        return {name: Factors(steps.k, design.bias.gradient(linear(name, steps.k), steps.v, steps.gates))}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -74,7 +77,12 @@ def _errors(design: Design, shapes: dict[str, WeightShape], steps: Steps, linear
         error = design.bias.gradient(y if outer else y.detach(), steps.v, steps.gates)
         grads = torch.autograd.grad(y, list(outputs.values()), error, create_graph=outer)
     pairs = zip(outputs, grads, strict=True)
-    return {name: _factors(inputs[name] if outer else inputs[name].detach(), g, steps.lr, shapes[name]) for name, g in pairs}
+    return {name: Factors(inputs[name] if outer else inputs[name].detach(), g) for name, g in pairs}
+
+
+def scaled(raw: dict[str, Factors], lr: Tensor, shapes: dict[str, WeightShape]) -> dict[str, Factors]:
+    """Raw factors times -eta, per channel on the model-width side, in the order of `shapes`."""
+    return {name: _factors(*raw[name], lr, shape) for name, shape in shapes.items()}
 
 
 def _factors(x: Tensor, g: Tensor, lr: Tensor, shape: WeightShape) -> Factors:
@@ -83,30 +91,36 @@ def _factors(x: Tensor, g: Tensor, lr: Tensor, shape: WeightShape) -> Factors:
     return Factors(-lr * x, g) if shape.channel_axis == 0 else Factors(x, -lr * g)
 
 
-def substituted_errors(
-    design: Design,
-    shapes: dict[str, WeightShape],
-    steps: Steps,
-    start: Read,
-    mixes: dict[str, Tensor],
-    carried: Callable[[str, Tensor, int], Tensor],
-) -> dict[str, Factors]:
+class Past(NamedTuple):
+    """What a block's steps read before its own factors: anchors [H, d_in, d_out] by weight (none at the origin), slots by
+    weight, and one step earlier carry[slot] [..., (C), b] and the mix [..., (C), b, b] of the block's factors."""
+
+    anchor: dict[str, Tensor]
+    slots: dict[str, list[Tensor]]
+    carry: list[Tensor]
+    mix: Tensor
+
+    def initial(self, name: str, x: Tensor, shape: WeightShape) -> Tensor:
+        """What the anchor and the slots give at x [..., b, d_in]."""
+        y = carried(x, self.slots[name], self.carry, shape)
+        return shared_product(x, self.anchor[name]) + y if name in self.anchor else y
+
+    def at(self, t: int) -> Past:
+        """Step t alone, of the factors before it."""
+        return Past(self.anchor, self.slots, [c[..., t : t + 1] for c in self.carry], self.mix[..., t : t + 1, :t])
+
+
+Substitute = Callable[[Design, dict[str, WeightShape], Steps, Past], dict[str, Factors]]
+
+
+def substituted_errors(design: Design, shapes: dict[str, WeightShape], steps: Steps, past: Past) -> dict[str, Factors]:
     """Exact online factors for any memory and bias, by forward substitution through its layers, one step at a time.
 
-    Step t's prediction reads each weight as it is before the step, never formed: `carried(name, x, t)` is what the
-    block's initial slots give, and mixes[name] [..., (C), b, b] weigh the earlier factors.
+    Step t's prediction reads each weight as it is before the step, never formed: the block's initial slots, and the
+    earlier factors weighed by past.mix.
     """
     found: dict[str, list[Factors]] = {name: [] for name in shapes}
     for t in range(steps.k.shape[-2]):
-
-        def linear(name: str, x: Tensor, t: int = t) -> Tensor:
-            y = start(name, x) + carried(name, x, t)
-            if t == 0:
-                return y
-            past = Factors(*(torch.cat(part, dim=-2) for part in zip(*found[name], strict=True)))
-            row = mixes[name][..., t : t + 1, :t]
-            return y + masked_product(x, past, row, shapes[name].channel_axis)
-
         here = Steps(
             steps.k[..., t : t + 1, :],
             steps.v[..., t : t + 1, :],
@@ -114,42 +128,60 @@ def substituted_errors(
             {name: gate[..., t : t + 1, :] for name, gate in steps.gates.items()},
             steps.slow,
         )
-        for name, pair in _errors(design, shapes, here, linear).items():
+        raw = raw_errors(design, shapes, here, _step_reader(past.at(t), found, shapes))
+        for name, pair in scaled(raw, here.lr, shapes).items():
             found[name].append(pair)
     return {name: Factors(*(torch.cat(p, dim=-2) for p in zip(*pairs, strict=True))) for name, pairs in found.items()}
+
+
+def _step_reader(now: Past, found: dict[str, list[Factors]], shapes: dict[str, WeightShape]) -> Linear:
+    """Products with the weights as they are before a step, the factors found so far being those of all earlier ones."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        y = now.initial(name, x, shapes[name])
+        if not found[name]:
+            return y
+        earlier = Factors(*(torch.cat(part, dim=-2) for part in zip(*found[name], strict=True)))
+        return y + masked_product(x, earlier, now.mix, shapes[name].channel_axis)
+
+    return linear
 
 
 class TriangularSolver:
     """Exact online errors of a linear memory with an affine gradient g = c_t y + b_t, for a batch of blocks.
 
-    (I + c P o K K^T) g = c y_0 + b,  P the mix one step earlier: the WY form's triangular system, inverted once for all
-    blocks since it does not depend on the state.
+    (I + c P o K K^T) g = c y_0 + b,  P the mix one step earlier and y_0 = K a + sum_l carry_l (K z_l): the WY form's
+    triangular system. It does not depend on the state, so that all blocks are solved at once for what the slots z at a
+    block's start are multiplied by. With rates and signs in them, the factors of a block are x and
+
+        g = base + sum_l reads[l] @ z_l
+
+    `start` [..., b, V] is the anchor's share K a of the predictions.
     """
 
-    def __init__(self, design: Design, shape: WeightShape, steps: Steps, mix: Tensor) -> None:
-        zero = torch.zeros_like(steps.v)
-        self.steps, self.shape = steps, shape
-        self.offset = design.bias.gradient(zero, steps.v, steps.gates)
-        self.inverse, self.slope = None, None
+    def __init__(
+        self, design: Design, shape: WeightShape, steps: Steps, start: Tensor | None, mix: Tensor, carry: tuple[Tensor, ...]
+    ) -> None:
+        k, v, gates = steps.k, steps.v, steps.gates
+        per_head = steps.lr.dim() < k.dim()
+        lr = steps.lr.unsqueeze(-1) if per_head else steps.lr
+        self.x = k if per_head else -lr * k
+        self.reads: list[Tensor] = []
+        error = design.bias.gradient(torch.zeros_like(v), v, gates)
         if design.bias.slope == "constant":
+            self.base = -lr * error if per_head else error
             return
-        self.slope = (design.bias.gradient(torch.ones_like(zero), steps.v, steps.gates) - self.offset)[..., :1]
-        keys = (
-            _factors(steps.k, torch.ones_like(zero[..., :1]), steps.lr, shape) if steps.lr.dim() == steps.k.dim() else None
-        )
-        weighted = keys.x if keys is not None else -steps.lr.unsqueeze(-1) * steps.k
-        system = -self.slope * scores(steps.k, weighted, mix, shape.channel_axis)
+        none = torch.zeros_like(v[..., :1])
+        slope = design.bias.gradient(none + 1, none, gates) - design.bias.gradient(none, none, gates)
+        error = error if start is None else slope * start + error
+        error, slope = (-lr * error, lr * slope) if per_head else (error, -slope)
+        rows = slope * k
+        # Of a unit triangular system only what is below the diagonal is read.
+        system = scores(rows, self.x, mix, shape.channel_axis)
         identity = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
-        self.inverse = torch.linalg.solve_triangular(
-            system.tril(-1) + identity, identity.expand_as(system), upper=False, unitriangular=True
-        )
-
-    def factors(self, index: int, initial: Tensor) -> Factors:
-        """Factors of block `index`, given the predictions [..., b, V] that its initial state makes."""
-        g = self.offset[index]
-        if self.inverse is not None and self.slope is not None:
-            g = self.inverse[index] @ (self.slope[index] * initial + g)
-        return _factors(self.steps.k[index], g, self.steps.lr[index], self.shape)
+        inverse = torch.linalg.solve_triangular(system, identity.expand_as(system), upper=False, unitriangular=True)
+        self.base = inverse @ error
+        self.reads = [inverse @ (rows * -(c.unsqueeze(-1) if c.dim() < k.dim() else c.mT)) for c in carry]
 
 
 def scores(h: Tensor, x: Tensor, mix: Tensor, channel_axis: int | None) -> Tensor:
@@ -165,3 +197,24 @@ def masked_product(h: Tensor, factors: Factors, mix: Tensor, channel_axis: int |
     if mix.dim() == h.dim() or channel_axis == 0:
         return scores(h, factors.x, mix, channel_axis) @ factors.g
     return torch.einsum("...ti,...cti,...ic->...tc", h @ factors.x.mT, mix, factors.g)
+
+
+def shared_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x @ weight for x [..., H, b, d_in] and weight [H, d_in, d_out], as one large product a head."""
+    rows = x.movedim(-3, 0)
+    return (rows.flatten(1, -2) @ weight).unflatten(1, rows.shape[1:-1]).movedim(0, -3)
+
+
+def carried(h: Tensor, slots: Sequence[Tensor], carry: Sequence[Tensor], shape: WeightShape) -> Tensor:
+    """sum_l carry[l][t] (h_t @ slots[l]) for h [..., b, d_in] and carry [..., (C), b]."""
+    total: Tensor | None = None
+    for z, c in zip(slots, carry, strict=True):
+        if c.dim() < h.dim():
+            part = c.unsqueeze(-1) * (h @ z)
+        elif shape.channel_axis == 0:
+            part = (c.mT * h) @ z
+        else:
+            part = c.mT * (h @ z)
+        total = part if total is None else total + part
+    assert total is not None
+    return total

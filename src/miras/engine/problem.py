@@ -7,7 +7,7 @@ and its output is the one at the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from typing import Any, Self, cast
@@ -34,14 +34,17 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor of the state."""
-        found: list[Tensor] = []
+        return list(self._tensors())
 
-        def collect(x: Tensor) -> Tensor:
-            found.append(x)
-            return x
-
-        self.map(collect)
-        return found
+    def _tensors(self) -> Iterator[Tensor]:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, State):
+                yield from value._tensors()
+            elif isinstance(value, Tensor):
+                yield value
+            else:
+                yield from value.values() if isinstance(value, dict) else value
 
     def index_select(self, rows: Tensor) -> Self:
         """Rows picked (and repeated) by index, as beam search does."""
@@ -63,7 +66,7 @@ class State:
     @property
     def rows(self) -> int:
         """Number of sequences."""
-        return self.tensors()[0].shape[0]
+        return next(self._tensors()).shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -222,9 +225,8 @@ def check_inputs(
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     if not design.parametric:
-        persistent = getattr(design.learning, "persistent", 0)
-        if persistent > 0:
-            _check_persistent(weights, persistent, k, v)
+        if design.learning.num_persistent > 0:
+            _check_persistent(weights, design.learning.num_persistent, k, v)
             weights = {}
         given = [name for name, x in (("weights", weights), ("gates", gates)) if x]
         given += [name for name, x in (("lr", lr), ("log_decay", log_decay)) if x is not None]

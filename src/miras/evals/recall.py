@@ -1,7 +1,4 @@
-"""Multi-query associative recall (MQAR): bind keys to values, then answer queries for the keys.
-
-Source: zoology (arXiv 2312.04927), App. E: pairs first, then every key once more at gaps that follow a power law.
-"""
+"""A training loop for multi-query associative recall (`miras.tasks.MQAR`), and what it gave."""
 
 from __future__ import annotations
 
@@ -14,52 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from miras.choice import require
-
-IGNORED = -100
-"""Target where nothing is asked."""
-
-
-@dataclass(frozen=True)
-class MQAR:
-    """The task: keys 1 .. vocab_size / 2 - 1, values vocab_size / 2 .. vocab_size - 1, token 0 in between.
-
-    With few pairs chance is 2 / vocab_size. `power` shapes the gaps between pairs and queries (zoology's 0.01).
-    """
-
-    num_tokens: int = 128
-    num_pairs: int = 12
-    vocab_size: int = 64
-    power: float = 0.01
-
-    def __post_init__(self) -> None:
-        slots = (self.num_tokens - 2 * self.num_pairs) // 2
-        require(
-            slots >= self.num_pairs,
-            f"{self.num_tokens} tokens hold {self.num_pairs} pairs but only {slots} queries; need num_tokens >= 4 num_pairs",
-        )
-        require(
-            self.vocab_size // 2 - 1 >= self.num_pairs,
-            f"vocab_size={self.vocab_size} has {self.vocab_size // 2 - 1} keys for {self.num_pairs} pairs; raise it",
-        )
-
-    def sample(self, num_examples: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Inputs and targets [N, T]: the target at a query is its key's value, IGNORED elsewhere."""
-        pairs, half = self.num_pairs, self.vocab_size // 2
-        slots = (self.num_tokens - 2 * pairs) // 2
-        weight = self.power * np.arange(1, slots + 1) ** (self.power - 1)
-        log_weight = np.log(weight / weight.sum())
-        keys = 1 + rng.random((num_examples, half - 1)).argsort(1)[:, :pairs]
-        values = rng.integers(half, self.vocab_size, (num_examples, pairs))
-        # Gumbel keys draw slots without replacement with the given weights.
-        gaps = (-(log_weight + rng.gumbel(size=(num_examples, slots)))).argsort(1)[:, :pairs]
-        inputs = np.zeros((num_examples, self.num_tokens), dtype=np.int64)
-        targets = np.full((num_examples, self.num_tokens), IGNORED, dtype=np.int64)
-        inputs[:, 0 : 2 * pairs : 2], inputs[:, 1 : 2 * pairs : 2] = keys, values
-        place = 2 * pairs + 2 * gaps
-        np.put_along_axis(inputs, place, keys, axis=1)
-        np.put_along_axis(targets, place, values, axis=1)
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+from miras.tasks import IGNORED, MQAR
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,18 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
-import torch._inductor
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from miras.design import Design
 from miras.engine.chunk import Slots, run_blocks, run_chunks
 from miras.engine.problem import MemoryState, Problem
+from miras.kernels.graph import Graph, Spec, Untraceable, examples_of, graph_of, made, specs_of
 from miras.memory import WeightShape
 
 STEP_LENGTH = 16
@@ -36,20 +35,6 @@ MAX_WINDOW = 256
 
 MIN_WORK = 2**28
 """Products of a weight and an input that are worth the tens of seconds of compiling, once a shape (cached on disk)."""
-
-Graph = Callable[..., Sequence[Tensor]]
-
-
-class Untraceable(RuntimeError):
-    """A step that could not be traced or compiled here, and why."""
-
-
-class Spec(NamedTuple):
-    """What a graph is specialised to in one input."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -122,9 +107,9 @@ def facts_of(design: Design) -> tuple[object, ...]:
 
 
 def unfit(design: Design) -> str | None:
-    """Why whole windows of a design with frozen gradients cannot be traced; None where they can."""
+    """Why a design's windows, or with refresh 1 its steps (`kernels/online.py`), are not traced; None where they are."""
     assert design.memory is not None and design.retention is not None
-    if design.memory.linear:
+    if design.memory.linear and design.refresh > 1:
         return f"memory {design.memory.kind} is linear: it has little between its products to fuse"
     if design.link_at == "token" and not design.retention.identity:
         return f"retention {design.retention.kind} is linked at every token, which forms weights a token"
@@ -146,7 +131,7 @@ def unprofitable(
     if not has_compiler():
         return "no C++ compiler (g++ or clang++, or the one in $CXX), which torch.compile needs on a CPU"
     if per_channel:
-        return "with rates or decays per channel a window is too many small blocks to compile as a whole"
+        return "it has not been measured with rates or decays per channel, which take small blocks"
     if packed:
         return "packed sequences end apart, and every number of rows would be compiled anew"
     if work is not None and work < MIN_WORK:
@@ -197,55 +182,45 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: Step, *flat: Tensor) -> tuple[Tensor, ...]:
         sequences, shared, slots = _split(step, flat)
-        blocks = [_blocks(x, step.length) for x in sequences]
-        specs = _specs([*(x[0] for x in blocks), *shared, *slots])
-        graph = _made(_forward_graph(step, specs))
+        steps = _steps(sequences, step.length)
+        specs = specs_of([*steps[0], *shared, *slots])
+        graph = made(_forward_graph(step, specs))
         ctx.step, kept, learned = step, [], any(ctx.needs_input_grad)
         if learned:
             # Made here, where one that cannot be has another path to go to.
-            _made(_backward_graph(step, specs, _needed(ctx, step)))
-        outputs = torch.empty_like(blocks[2])
-        for index in range(len(outputs)):
+            made(_backward_graph(step, specs, _needed(ctx, step)))
+        pieces: list[Tensor] = []
+        for inputs in steps:
             kept += slots if learned else []
-            outputs[index], *slots = graph(*(x[index] for x in blocks), *shared, *slots)
+            out, *slots = graph(*inputs, *shared, *slots)
+            pieces.append(out)
         if learned:
             ctx.save_for_backward(*sequences, *shared, *kept)
-        return (_sequence(outputs), *slots)
+        return (torch.cat(pieces, dim=2), *slots)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *grad_slots: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         step: Step = ctx.step
         sequences, shared, kept = _split(step, ctx.saved_tensors)
-        blocks, grad_blocks = [_blocks(x, step.length) for x in sequences], _blocks(grad_out, step.length)
-        needed = _needed(ctx, step)
-        count, carried = len(grad_slots), [x.contiguous() for x in grad_slots]
-        graph = _made(_backward_graph(step, _specs([*(x[0] for x in blocks), *shared, *kept[:count]]), needed))
-        found = [torch.empty_like(x) if need else None for x, need in zip(blocks, needed, strict=False)]
-        found += [torch.zeros_like(x) if need else None for x, need in zip(shared, needed[len(blocks) :], strict=True)]
-        for index in reversed(range(len(grad_blocks))):
-            slots = kept[index * count : (index + 1) * count]
-            grads = graph(*(x[index] for x in blocks), *shared, *slots, grad_blocks[index], *carried)
-            carried = list(grads[-count:])
-            totals = [(place, x) for place, x in enumerate(found) if x is not None]
-            for (place, total), grad in zip(totals, grads, strict=False):
-                if place < len(blocks):
-                    total[index] = grad
-                else:
-                    total += grad
-        back = [None if x is None else _sequence(x) for x in found[: len(blocks)]]
-        return (None, *back, *found[len(blocks) :], *carried)
+        steps, needed, count = _steps([*sequences, grad_out], step.length), _needed(ctx, step), len(grad_slots)
+        graph = made(_backward_graph(step, specs_of([*steps[0][:-1], *shared, *kept[:count]]), needed))
+        of_sequences = sum(needed[: step.num_sequences])
+        totals = [torch.zeros_like(x) for x, need in zip(shared, needed[step.num_sequences :], strict=True) if need]
+        carried, pieces = [x.contiguous() for x in grad_slots], []
+        for *inputs, grad in reversed(steps):
+            slots, kept = kept[-count:], kept[:-count]
+            found = graph(*inputs, *shared, *slots, grad, *carried, *totals)
+            pieces.append(found[:of_sequences])
+            totals, carried = found[of_sequences:-count], found[-count:]
+        joined = [torch.cat(x, dim=2) for x in zip(*reversed(pieces), strict=True)]
+        grads = iter([*joined, *totals])
+        return (None, *(next(grads) if need else None for need in needed), *carried)
 
 
 def _needed(ctx: Any, step: Step) -> tuple[bool, ...]:
     """Which inputs need a gradient."""
     return tuple(ctx.needs_input_grad[1 : 1 + step.num_inputs])
-
-
-def _made(graph: Graph | Untraceable) -> Graph:
-    if isinstance(graph, Untraceable):
-        raise graph
-    return graph
 
 
 def _split(step: Step, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -254,63 +229,38 @@ def _split(step: Step, flat: Sequence[Tensor]) -> tuple[list[Tensor], list[Tenso
     return list(flat[:a]), [x.contiguous() for x in flat[a:b]], [x.contiguous() for x in flat[b:]]
 
 
-def _blocks(x: Tensor, length: int) -> Tensor:
-    """[B, H, N, ...] -> [n, B, H, length, ...]."""
-    return x.unflatten(2, (-1, length)).movedim(2, 0).contiguous()
-
-
-def _sequence(x: Tensor) -> Tensor:
-    """[n, B, H, length, ...] -> [B, H, N, ...]."""
-    return x.movedim(0, 2).flatten(2, 3)
-
-
-def _specs(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
-    return tuple(Spec(tuple(x.shape), x.dtype, x.device) for x in tensors)
+def _steps(sequences: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]:
+    """The parts [B, H, length, ...] of sequences [B, H, N, ...] that each step takes, each laid out by rows."""
+    parts = (x.unflatten(2, (-1, length)).movedim(2, 0).contiguous().unbind() for x in sequences)
+    return list(zip(*parts, strict=True))
 
 
 @functools.lru_cache(maxsize=64)
 def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph | Untraceable:
     """The step as a graph of tensor operations, or why there is none (kept too, so that it is tried once)."""
-    return _graph(step, _examples(specs), step.compiled)
+    return graph_of(step, examples_of(specs), step.compiled)
 
 
 @functools.lru_cache(maxsize=64)
 def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...]) -> Graph | Untraceable:
-    """Its pull-back: gradients in the inputs that need one, then in all slots."""
-    examples = _examples(specs)
+    """Its pull-back: gradients in the sequences that need one, totals that the shared tensors' add to, then in all slots."""
+    examples, split = examples_of(specs), sum(needed[: step.num_sequences])
 
     def pull(*flat: Tensor) -> tuple[Tensor, ...]:
         inputs = [x.detach() for x in flat[: len(specs)]]
         leaves = [x.requires_grad_() for x, need in zip(inputs, needed, strict=False) if need]
         leaves += [x.requires_grad_() for x in inputs[step.num_inputs :]]
         with torch.enable_grad():
-            reached = [(x, grad) for x, grad in zip(step(*inputs), flat[len(specs) :], strict=True) if x.requires_grad]
-            results, grads = zip(*reached, strict=True)
-            return torch.autograd.grad(results, leaves, grads, materialize_grads=True)
+            results = step(*inputs)
+            reached = [(x, grad) for x, grad in zip(results, flat[len(specs) :], strict=False) if x.requires_grad]
+            outputs, grads = zip(*reached, strict=True)
+            found = torch.autograd.grad(outputs, leaves, grads, materialize_grads=True)
+        totals = flat[len(specs) + len(results) :]
+        added = (total + x for total, x in zip(totals, found[split:], strict=False))
+        return (*found[:split], *added, *found[split + len(totals) :])
 
     with torch.no_grad():
-        return _graph(pull, [*examples, *(torch.zeros_like(x) for x in step(*examples))], step.compiled)
-
-
-def _examples(specs: Sequence[Spec]) -> list[Tensor]:
-    return [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in specs]
-
-
-def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph | Untraceable:
-    """`_compiled`, or what a choice's own code or the compiler had against it."""
-    try:
-        return _compiled(function, examples, compiled)
-    except Exception as error:
-        return Untraceable(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _compiled(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor], compiled: bool) -> Graph:
-    """The operations that a function of tensors laid out as the examples does, its results laid out by rows too."""
-    with torch.no_grad():
-        traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)))(*examples)
-        traced.graph.eliminate_dead_code()
-        traced.recompile()
-        if not compiled:
-            return traced
-        # Past dynamo, which has nothing to trace here and whose guards would be checked at every call.
-        return cast(Graph, torch._inductor.compile(traced, list(examples)))
+        grads = [torch.zeros_like(x) for x in step(*examples)]
+        shared, wanted = examples[step.num_sequences : step.num_inputs], needed[step.num_sequences :]
+        totals = [torch.zeros_like(x) for x, need in zip(shared, wanted, strict=True) if need]
+        return graph_of(pull, [*examples, *grads, *totals], step.compiled)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from miras.bias import Bias
@@ -102,7 +103,7 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
     """A named model, with overrides that may be dictionaries, as recipes give them.
 
     `named("yaad", refresh=64, bias={"kind": "Lp", "p": 2.0}, inputs={"weight_std": 1.0})`; fields of `inputs` that are not
-    given keep the model's own.
+    given keep the model's own, and so do those of a choice without `kind`: `named("moneta", bias={"p": 2.0})`.
 
     Raises:
         ValueError: unknown name, kind or field.
@@ -112,14 +113,15 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
         raise ValueError(
             f"no model {name!r}; allowed: {', '.join(sorted(NAMED))}" + (f"; did you mean {near[0]!r}?" if near else "")
         )
-    overrides = _chosen(overrides, CHOICES)
+    overrides = _chosen(overrides, CHOICES, lambda: NAMED[name]().parts[0])
     inputs = overrides.get("inputs")
     try:
         if isinstance(inputs, Mapping):
             # The model's own inputs depend on what else is given: its arguments, `refresh`.
             own = NAMED[name](**{field: value for field, value in overrides.items() if field != "inputs"}).parts[0].inputs
             gates = inputs.get("gates", own.gates)
-            chosen = {**_chosen(inputs, INPUTS), "gates": _chosen(gates, dict.fromkeys(gates, GateMap))}
+            gates = _chosen(gates, dict.fromkeys(gates, GateMap), lambda: SimpleNamespace(**own.gates))
+            chosen = {**_chosen(inputs, INPUTS, lambda: own), "gates": gates}
             overrides["inputs"] = Inputs.from_dict({**own.to_dict(), **chosen})
         return NAMED[name](**overrides)
     except TypeError as error:
@@ -129,11 +131,12 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
         ) from error
 
 
-def _chosen(fields: Mapping[str, Any], families: Mapping[str, type[Choice]]) -> dict[str, Any]:
-    """The fields, with choices in the place of dictionaries of them."""
-    return {
-        field: families[field].from_dict({key: item for key, item in value.items() if key != "family"})
-        if isinstance(value, Mapping) and field in families
-        else value
-        for field, value in fields.items()
-    }
+def _chosen(fields: Mapping[str, Any], families: Mapping[str, type[Choice]], own: Callable[[], Any]) -> dict[str, Any]:
+    """The fields, with choices in the place of dictionaries of them; one without `kind` changes the one that `own` has."""
+    chosen = dict(fields)
+    for field, value in fields.items():
+        if isinstance(value, Mapping) and field in families:
+            kept = getattr(own(), field, None) if "kind" not in value else None
+            given = {**(kept.to_dict() if kept is not None else {}), **value}
+            chosen[field] = families[field].from_dict({key: item for key, item in given.items() if key != "family"})
+    return chosen

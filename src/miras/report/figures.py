@@ -77,7 +77,7 @@ def loss_curves(curves: Sequence[Curve]) -> str:
         by_time.set(title="Loss against training time", xlabel="training time (minutes)")
         by_time.legend(title="validation (pale: training)", title_fontsize=8.5, loc="upper right")
         _zoom(by_tokens, curves)
-        return _svg(figure)
+        return svg(figure)
 
 
 def memory_gates(inspection: Inspection) -> str | None:
@@ -93,7 +93,7 @@ def memory_gates(inspection: Inspection) -> str | None:
             _heads(right, _half_life(layer.measures.get("log_decay")), logarithmic=True)
             right.set(title=f"{_layer_title(layer)}: half-life of what is stored", ylabel="tokens")
         _finish_grid(grid, figure)
-        return _svg(figure)
+        return svg(figure)
 
 
 def memory_losses(inspection: Inspection) -> str | None:
@@ -117,7 +117,7 @@ def memory_losses(inspection: Inspection) -> str | None:
             right.set(title=f"{_layer_title(layer)}: change of the weights", ylabel="$\\|A_t - A_0\\|$")
         grid[0][0].legend(loc="upper right", ncols=2)
         _finish_grid(grid, figure)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _grid(layers: Sequence[LayerTrace], columns: int) -> tuple[Figure, list[list[Axes]]]:
@@ -209,7 +209,7 @@ def _cycled(colours: Sequence[str], count: int) -> list[str]:
     return [colours[i % len(colours)] for i in range(count)]
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an <svg> element that scales with the page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)

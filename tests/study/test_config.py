@@ -1,0 +1,130 @@
+"""Study files: what is refused, and with which words; what the axes become."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from miras.study.config import ablated, merged, read_study, study_from
+from miras.study.plan import axes_of, check_heatmaps, groups, nested, random_settings
+from miras.study.search import batches
+from tests.study.conftest import raw_study
+
+YAAD = {"Yaad": {"name": "yaad"}}
+ABLATION = [{"of": "Yaad", "revert": {"L2 bias": {"design": {"bias": {"kind": "L2"}}}}}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "overrides", "message"),
+    [
+        ({}, ["train.stesp=3"], r"unknown study key train.stesp; did you mean train.steps\?"),
+        ({}, ["trian.lr=3"], r"unknown study key trian; did you mean train\?"),
+        ({}, ["train.lr=fast"], r"study key train.lr: Value 'fast'"),
+        ({"models": {}}, [], r"study: models is missing"),
+        ({}, ["train.steps=null"], r"study: train.steps is missing"),
+        ({}, ["train.num_tests=0"], r"train.num_tests is 0; it must be positive"),
+        ({}, ["seeds=[1,1]"], r"seeds \[1, 1\] repeat"),
+        ({}, ["search.kind=bayes"], r"search.kind is 'bayes'; allowed: grid, random, optuna"),
+        ({}, ["statistics.test=z"], r"statistics.test is 'z'; allowed: t, permutation"),
+        ({}, ["statistics.confidence=95"], r"statistics.confidence is 95.0; it is between"),
+        ({"baselines": ["Mamba"]}, [], r"baselines name 'Mamba'; the models are Delta, Transformer"),
+        ({"ablations": [{"of": "Delta"}]}, [], r"give \{of: a model, revert"),
+        ({"imports": ["no.such"]}, [], r"imports names no.such: No module named 'no'; is its folder in PYTHONPATH"),
+        ({"ablations": ABLATION}, [], r"ablations name 'Yaad'; the models are"),
+    ],
+)
+def test_studies_that_are_refused(changes: dict[str, Any], overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study_from({**raw_study(Path("none")), **changes}, overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"models": {"Yaad": "yaad"}}, r"model 'Yaad' is 'yaad'; give \{name"),
+        ({"models": {"Yaad": {"name": "yaad", "lr": 3}}}, r"model 'Yaad' has the key 'lr'; allowed: name, design"),
+        ({"models": {"Yaad": {"name": "yad"}}}, r"echo, Yaad: no model 'yad'.*did you mean 'yaad'"),
+        ({"models": {"Yaad": {"name": "yaad", "design": {"refesh": 3}}}}, r"refesh"),
+        ({"models": {"Yaad": {"name": "yaad", "train": {"lrr": 3}}}}, r"unknown train key lrr; did you mean lr\?"),
+        (
+            {"models": {"Yaad": {"name": "yaad", "train": {"steps": 9}}}},
+            r"'Yaad' has its own train.steps; all models get the same",
+        ),
+        ({"models": {"Yaad": {"name": "yaad", "axes": {"size.parameters": [1]}}}}, r"its own size.parameters"),
+        ({"tasks": {"echo": {"kind": "TinyEko"}}}, r"unknown task kind 'TinyEko'.*TinyEcho"),
+        ({"tasks": {"echo": {"kind": "TinyEcho", "num_toke": 3}}}, r"no field 'num_toke'.*did you mean 'num_tokens'"),
+        ({"size": {"hidden_size": 8}}, r"size.parameters is missing"),
+        ({"size": {"hidden_size": 8, "num_heads": 1, "parameters": 10}}, r"10 parameters are out of reach: Delta"),
+        ({"axes": {"lr": [1]}}, r"axis 'lr'; a key begins with train., size., task., design."),
+        ({"axes": {"train.lr": 3}}, r"axis train.lr is 3; give a list of values"),
+        ({"axes": {"train.lr": {"low": 1e-3, "high": 1e-2}}}, r"a range needs search.kind random or optuna"),
+        ({"evaluate": {"train.lr": [1]}}, r"only design.\* can change after training"),
+        ({"heatmaps": [{"x": "train.lr"}]}, r"its keys are x, y, metric"),
+        ({"heatmaps": [{"x": "train.lr", "y": "model"}]}, r"heat map over 'train.lr', which does not vary; allowed: model"),
+    ],
+)
+def test_plans_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    study = study_from({**raw_study(Path("none")), **changes})
+    with pytest.raises(ValueError, match=message):
+        _ = check_heatmaps(study), next(batches(study, lambda _: None))
+
+
+def test_files_are_read_by_their_names(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no study at .*recipes/studies"):
+        read_study(tmp_path / "none.yaml")
+    (tmp_path / "mine.yaml").write_text("tasks: {echo: {kind: TinyEcho}}\nmodels: {Y: {name: yaad}}\ntrain: {steps: 1e1}\n")
+    with pytest.raises(ValueError, match=re.escape("study key train.steps")):
+        read_study(tmp_path / "mine.yaml")
+    study = read_study(tmp_path / "mine.yaml", ["train.steps=10"])
+    assert (study.name, study.out, study.seeds, study.train.steps) == ("mine", "runs/studies/mine", [0, 1, 2], 10)
+
+
+def test_axes_by_dotted_and_nested_keys() -> None:
+    first, second = axes_of({"train.lr": [1, 2], "design": {"bias": {"p": [3.0]}}}, "grid")
+    assert (first.key, first.values) == ("train.lr", (1, 2))
+    assert (second.key, second.values) == ("design.bias.p", (3.0,))
+    assert nested({"design.bias.p": 3, "design.bias.q": 4, "train.lr": 1}, "design") == {"bias": {"p": 3, "q": 4}}
+    [replaced] = axes_of({"train.lr": [1, 2], "train": {"lr": [5]}}, "grid")
+    assert replaced.values == (5,)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"low": 2, "high": 1}, "low < high"),
+        ({"low": 0, "high": 1, "log": True}, "positive"),
+        ({"low": 0, "high": 1, "step": 1}, "perhaps log"),
+    ],
+)
+def test_ranges_that_are_refused(value: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        axes_of({"train.lr": value}, "random")
+
+
+def test_random_settings_depend_on_the_seed_and_stay_in_their_ranges() -> None:
+    axes = {
+        "train.lr": {"low": 1e-4, "high": 1e-2, "log": True},
+        "design.refresh": {"low": 1, "high": 4, "integer": True},
+        "train.dtype": ["fp32"],
+    }
+    [group, other] = groups(study_from({**raw_study(Path("none"), axes=axes), "search": {"kind": "random"}}))
+    drawn = random_settings(group, 300, 0)
+    assert drawn == random_settings(group, 300, 0)
+    assert drawn != random_settings(group, 300, 1)
+    assert drawn != random_settings(other, 300, 0)
+    rates = np.log10([settings["train.lr"] for settings in drawn])
+    assert -4 <= rates.min() < -3.8
+    assert -2.2 < rates.max() <= -2
+    assert abs(rates.mean() + 3) < 0.15
+    assert {settings["design.refresh"] for settings in drawn} == {1, 2, 3, 4}
+
+
+def test_ablations_lay_their_changes_over_the_original() -> None:
+    original = {"name": "yaad", "train": {"lr": 1e-3}, "design": {"bias": {"kind": "Huber", "form": "norm"}, "refresh": 4}}
+    study = study_from(raw_study(Path("none"), models={"Yaad": original}, ablations=ABLATION))
+    assert ablated(study) == {
+        "Yaad: L2 bias": {"name": "yaad", "train": {"lr": 1e-3}, "design": {"bias": {"kind": "L2"}, "refresh": 4}}
+    }
+    assert merged({"a": {"kind": "X", "p": 1}}, {"a": {"p": 2}}) == {"a": {"kind": "X", "p": 2}}

@@ -1,0 +1,21 @@
+"""The studies of the repository: every run of each is legal and has the parameters that it should."""
+
+from pathlib import Path
+
+import pytest
+
+from miras.study.config import Study, read_study
+from miras.study.plan import check_heatmaps
+from miras.study.search import batches
+
+STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_run_of_every_study_can_be_planned(path: Path) -> None:
+    study = read_study(path)
+    assert isinstance(study, Study)
+    check_heatmaps(study)
+    runs = next(batches(study, lambda _: None))
+    assert {item.run.seed for item in runs} == {0, 1, 2}
+    assert {item.model for item in runs} >= set(study.models)

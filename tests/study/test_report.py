@@ -1,0 +1,199 @@
+"""The report: figures of rows that are made up, selection, failures, and one page that needs nothing from outside."""
+
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from miras import cli
+from miras.study.config import Study, restricted, study_from
+from miras.study.figures import heat
+from miras.study.page import write_study_report
+from miras.study.plan import Planned
+from miras.study.results import Results, collect
+from miras.study.run import Row
+from miras.study.search import batches
+from miras.study.store import Store
+from miras.study.tables import Table, ablation_table, comparison_table, condition_tables, main_table
+from tests.study.conftest import raw_study
+
+ACCURACY = {"Delta": 0.5, "Transformer": 0.4, "Delta: no gate": 0.3}
+
+
+def made_up(planned: Planned, failed: bool) -> Row:
+    """The better learning rate validates better and tests worse, so that selecting on the test would show."""
+    settings = dict(planned.settings)
+    better = settings.get("train.lr") == 0.02
+    value = ACCURACY[planned.model] + 0.01 * planned.run.seed + (0.1 if planned.size == "large" else 0.0)
+    if failed:
+        return Row(planned.run.key, "diverged", "training stopped at step 3: loss nan", config=asdict(planned.run))
+    tested = value - (0.1 if better else 0.0)
+    tests: list[dict[str, Any]] = [
+        {"condition": name, "settings": {}, "metrics": {"accuracy": tested - drop}, "count": 8}
+        for name, drop in (("", 0), ("12 tokens", 0.2))
+    ]
+    tests += [
+        {"condition": "", "settings": item["settings"], "metrics": {"accuracy": tested, "deviation": 0.25}, "count": 8}
+        for item in planned.run.evaluate
+    ]
+    return Row(
+        planned.run.key,
+        "done",
+        config=asdict(planned.run),
+        commit="0123456789ab",
+        device="CPU, 1 thread",
+        parameters=1500,
+        steps=4,
+        tokens=96,
+        examples=f"seed {planned.run.seed}",
+        flops=1e4 if planned.size == "small" else 4e4,
+        curve=[[1, 2.0], [4, 1.0]],
+        validation={"accuracy": value + (0.1 if better else 0.0)},
+        tests=tests,
+        seconds=1.0,
+        tokens_per_second=96.0,
+        peak_memory=10**8,
+    )
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    """Two sizes, two learning rates, an ablation; the Transformer diverges at one rate with one seed."""
+    raw = raw_study(
+        tmp_path / "study",
+        seeds=[0, 1, 2],
+        sizes={"small": {}, "large": {"parameters": 2000}},
+        axes={"train.lr": [0.01, 0.02]},
+        baselines=["Transformer"],
+        ablations=[{"of": "Delta", "revert": {"no gate": {"design": {"anchor": "initial"}}}}],
+        heatmaps=[{"x": "train.lr", "y": "model"}, {"x": "train.lr", "y": "evaluate.design.link_at", "metric": "deviation"}],
+    )
+    raw["models"]["Delta"]["evaluate"] = {"design.link_at": ["token", "refresh"]}
+    made = study_from(raw)
+    store = Store(Path(made.out))
+    for planned in next(batches(made, store.get)):
+        failed = planned.model == "Transformer" and planned.settings == (("train.lr", 0.02),) and planned.run.seed == 2
+        store.put(made_up(planned, failed))
+    return made
+
+
+@pytest.fixture
+def results(study: Study) -> Results:
+    """Of the rows that were made up."""
+    return collect(study, Store(Path(study.out)))
+
+
+def cells(table: Table | None, **wanted: str) -> dict[str, str]:
+    """The one row with these cells, by heading."""
+    assert table is not None
+    rows = [dict(zip(table.headings, row, strict=True)) for row in table.rows]
+    [found] = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return found
+
+
+def test_settings_are_selected_on_validation_and_shown_on_the_test(results: Results) -> None:
+    row = cells(main_table(results), model="Delta", size="small")
+    assert row["selected setting"] == "lr 0.02"
+    assert row["mean [interval]"].startswith("accuracy 0.410 [0.400, 0.420]")
+    assert (row["seeds"], row["parameters"], row["tokens"], row["tokens/s"], row["peak MB"]) == (
+        "3 of 3",
+        "1,500",
+        "96",
+        "96",
+        "100",
+    )
+
+
+def test_a_setting_with_failed_runs_is_selected_last(results: Results) -> None:
+    row = cells(main_table(results), model="Transformer", size="small")
+    assert (row["selected setting"], row["seeds"]) == ("lr 0.01", "3 of 3")
+    assert len(results.failures) == 2
+
+
+def test_comparisons_are_paired_by_seed_and_leave_ablations_to_their_table(results: Results) -> None:
+    compared = comparison_table(results)
+    row = cells(compared, model="Delta", size="large")
+    assert (row["baseline"], row["pairs"], row["same examples"]) == ("Transformer", "3", "yes")
+    assert row["difference [interval]"].startswith("accuracy +0.000")
+    assert compared is not None
+    assert len(compared.rows) == 2
+    ablated = cells(ablation_table(results), model="Delta: no gate", size="small")
+    assert (ablated["original"], ablated["difference [interval]"][:15]) == ("Delta", "accuracy -0.200")
+
+
+def test_one_pair_is_no_test(study: Study) -> None:
+    one = collect(replace(study, seeds=[0]), Store(Path(study.out)))
+    row = cells(comparison_table(one), model="Delta", size="small")
+    assert (row[""], row["p"], row["pairs"]) == ("no test", "none", "1")
+
+
+def test_other_examples_are_pointed_out(study: Study, results: Results) -> None:
+    cell = results.selected["echo", "small", "Delta"]
+    cell.rows[1] = Row(**{**asdict(cell.rows[1]), "examples": "others"})
+    assert cells(comparison_table(results), model="Delta", size="small")["same examples"] == "NO"
+
+
+def test_conditions_and_heat_maps(results: Results) -> None:
+    small = condition_tables(results)[0]
+    assert list(small.headings) == ["model", "as trained", "12 tokens"]
+    assert cells(small, model="Delta")["12 tokens"].startswith("0.210")
+    rates, evaluated = (heat(results, entry) for entry in results.study.heatmaps)
+    assert rates[0].xs == [0.01, 0.02]
+    assert rates[0].ys == ["Delta: no gate", "Transformer", "Delta"]
+    assert rates[0].values[2].tolist() == pytest.approx([0.51, 0.41])
+    assert evaluated[0].ys == ["refresh", "token"]
+    assert (evaluated[0].values == 0.25).all()
+
+
+def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -> None:
+    page, markdown = (path.read_text() for path in write_study_report(study, "miras study some.yaml"))
+    assert not re.search(r"(src|href)=[\"']?http", page)
+    assert "<script" not in page
+    assert page.count("<svg") == 6  # seeds, conditions, two heat maps, FLOPs, curves
+    for text in (page, markdown):
+        for said in ("miras study some.yaml", "36 runs; 2 of them diverged", "3 seeds: bootstrap intervals", "0123456789ab"):
+            assert said in text
+        for title in (
+            "Results",
+            "Against the baselines",
+            "Ablation",
+            "at run time",
+            "did not finish",
+        ):
+            assert title in text
+        assert "training stopped at step 3: loss nan" in text
+    assert write_study_report(study, "miras study some.yaml")[0].read_text() == page
+
+
+def test_unfinished_studies_report_what_there_is(study: Study) -> None:
+    more = study_from(raw_study(Path(study.out), seeds=[0, 1, 2, 3], axes={"train.lr": [0.01, 0.02]}, sizes=study.sizes))
+    page, _ = write_study_report(more, "command")
+    assert "planned runs are not done yet" in page.read_text()
+    with pytest.raises(ValueError, match="holds no finished run of this study"):
+        write_study_report(study_from(raw_study(Path(study.out), seeds=[9])), "command")
+
+
+def test_a_part_of_a_study(study: Study) -> None:
+    part = restricted(study, models=["Transformer"])
+    assert (list(part.models), part.ablations, part.baselines) == (["Transformer"], [], ["Transformer"])
+    with pytest.raises(ValueError, match="no model 'Transfomer'; there are Delta, Transformer; did you mean Transformer"):
+        restricted(study, models=["Transfomer"])
+
+
+def test_the_command_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(
+        "tasks: {echo: {kind: TinyEcho}}\nmodels: {Delta: {name: deltanet}, Other: {name: longhorn}}\nseeds: [0]\n"
+        "size: {hidden_size: 8, num_hidden_layers: 1, num_heads: 1, parameters: 1500}\n"
+        "train: {steps: 2, batch_size: 2, num_tests: 2}\n"
+    )
+    arguments = ["study", str(file), "train.lr=1e-2", "--model", "Delta", "--out", str(tmp_path / "out")]
+    for extra in (["--workers", "0"], ["--report-only"]):
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([*arguments, *extra])
+        assert "report.html" in capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert f"miras study {file} train.lr=1e-2 --model Delta --out {tmp_path}/out" in page
+    assert "One seed: there are no intervals and no tests" in page

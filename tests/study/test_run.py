@@ -1,0 +1,239 @@
+"""Runs and the runner: the same examples for every model, resuming, failures as rows, changed settings."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from miras.study import run as running
+from miras.study import runner
+from miras.study.config import ResourcesSection, Study, study_from
+from miras.study.model import build
+from miras.study.plan import Run
+from miras.study.run import TEST, Row, execute, measure, split
+from miras.study.runner import run_study
+from miras.study.search import batches
+from miras.study.store import Store
+from miras.tasks import Task
+from tests.study.conftest import raw_study
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def rows(study: Study) -> dict[tuple[str, str, int], Row]:
+    store = Store(Path(study.out))
+    planned = [item for batch in batches(study, store.get) for item in batch]
+    return {(item.task, item.model, item.run.seed): store.rows()[item.run.key] for item in planned}
+
+
+def first_run(study: Study) -> Run:
+    return next(batches(study, lambda _: None))[0].run
+
+
+def test_a_study_runs_and_all_models_see_the_same(tiny: Study) -> None:
+    run_study(tiny, workers=0)
+    found = rows(tiny)
+    assert {row.status for row in found.values()} == {"done"}, [row.trace for row in found.values()]
+    for seed in (0, 1):
+        assert found["echo", "Delta", seed].examples == found["echo", "Transformer", seed].examples
+    assert found["echo", "Delta", 0].examples != found["echo", "Delta", 1].examples
+    row = found["echo", "Delta", 0]
+    assert (row.steps, row.tokens) == (4, 4 * 4 * 6)
+    assert [(test["condition"], test["count"]) for test in row.tests] == [("", 8), ("12 tokens", 8)]
+    assert set(row.tests[0]["metrics"]) == {"accuracy", "loss"}
+    assert row.validation != row.tests[0]["metrics"]
+    assert len(row.curve) == 4
+    assert min(row.tokens_per_second, row.peak_memory, row.flops, row.seconds) > 0
+
+
+def test_a_run_again_is_the_same_to_the_bit(tiny: Study) -> None:
+    run = first_run(tiny)
+    first, second = (execute(run, ResourcesSection()) for _ in range(2))
+    assert (first.tests, first.validation, first.curve) == (second.tests, second.validation, second.curve)
+
+
+def test_finished_runs_are_not_done_again(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_study(replace(tiny, seeds=[0]), workers=0)
+    done: list[int] = []
+    monkeypatch.setattr(runner, "execute", lambda run, *_: done.append(run.seed) or execute(run, ResourcesSection()))
+    run_study(tiny, workers=0)
+    assert done == [1, 1]
+    run_study(tiny, workers=0)
+    assert len(done) == 2
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from miras.study import runner
+from miras.study.config import study_from
+from tests.study.conftest import raw_study
+def slow(run, *rest, do=runner.execute):
+    row = do(run, *rest)
+    print(run.key, flush=True)
+    if len(sys.argv) > 2: time.sleep(60)
+    return row
+runner.execute = slow
+runner.run_study(study_from(raw_study(Path(sys.argv[1]))), workers=0)
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_repeated_in_two_processes_every_run_is_done_once(tiny: Study) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)]),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def start(*extra: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", SCRIPT, tiny.out, *extra]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    killed = start("wait")
+    assert killed.stdout is not None
+    assert killed.stdout.readline()  # Its first run is computed, not yet written.
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert Store(Path(tiny.out)).rows() == {}
+    both = [start(), start()]
+    computed = [line for process in both for line in process.communicate()[0].split()]
+    assert [process.returncode for process in both] == [0, 0]
+    assert len(computed) == len(set(computed)) == len(Store(Path(tiny.out)).rows()) == 4
+
+
+def test_a_claimed_run_is_waited_for(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = replace(tiny, seeds=[0])
+    store, key = Store(Path(study.out)), first_run(study).key
+    claim = store.claim(key)
+    assert claim is not None
+
+    def finish(_: float) -> None:
+        store.put(Row(key, "done", error="elsewhere"))
+        claim.release()
+
+    monkeypatch.setattr(time, "sleep", finish)
+    run_study(study, workers=0)
+    assert store.rows()[key].error == "elsewhere"
+    assert len(store.rows()) == 2
+
+
+def test_failures_are_rows_and_are_repeated_when_asked(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = replace(tiny, seeds=[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "test", lambda *_: 1 / 0)
+        run_study(study, workers=0)
+    assert {(row.status, row.error) for row in rows(study).values()} == {("failed", "ZeroDivisionError: division by zero")}
+    assert all("1 / 0" in row.trace for row in rows(study).values())
+    run_study(study, workers=0)
+    assert {row.status for row in rows(study).values()} == {"failed"}
+    run_study(study, workers=0, retry=True)
+    assert {row.status for row in rows(study).values()} == {"done"}
+
+
+def test_divergence_is_a_row(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoilt = type(Task.from_dict(first_run(tiny).task))
+    monkeypatch.setattr(spoilt, "loss", lambda self, outputs, targets: outputs.sum() * float("nan"))
+    row = execute(first_run(tiny), ResourcesSection())
+    assert (row.status, row.steps) == ("diverged", 1)
+    assert row.error.startswith("training stopped at step 1: loss nan")
+
+
+def test_a_gpu_that_is_not_there_is_a_failure_that_says_so(tiny: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    row = execute(first_run(tiny), ResourcesSection(gpus=1))
+    assert row.status == "failed"
+    assert "no CUDA device; set it to 0" in row.error
+
+
+def test_vectors_are_learned_too(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path, tasks={"sum": {"kind": "TinySum"}}, seeds=[0], models={"Delta": {"name": "deltanet"}})
+    before = execute(first_run(study_from(raw)), ResourcesSection())
+    raw["train"] |= {"steps": 60}
+    after = execute(first_run(study_from(raw)), ResourcesSection())
+    assert set(after.tests[0]["metrics"]) == {"error"}
+    assert after.tests[0]["metrics"]["error"] < 0.5 * before.tests[0]["metrics"]["error"]
+
+
+def test_metrics_are_means_over_what_is_asked_whatever_the_batches(tiny: Study) -> None:
+    run = first_run(tiny)
+    task, model = Task.from_dict(run.task), build(Task.from_dict(run.task), run.design, run.size)
+    draws = task.sample(7, np.random.default_rng([0, TEST]))
+    [whole] = measure([model], task, [draws])
+    [parts] = measure([model], task, split(draws, 3))
+    right = (model(draws.inputs).argmax(-1) == draws.targets).double().mean()
+    assert whole == pytest.approx(parts, rel=1e-5)
+    assert whole["accuracy"] == pytest.approx(right.item())
+
+
+def test_a_trained_model_is_run_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = {"Yaad": {"name": "yaad", "design": {"refresh": 4}, "evaluate": {"design.refresh": [1, 4]}}}
+    run = first_run(study_from(raw_study(tmp_path, models=models, seeds=[0])))
+    kept: list[torch.nn.Module] = []
+    monkeypatch.setattr(running, "test", lambda *given, do=running.test: kept.append(given[2]) or do(*given))
+    row = execute(run, ResourcesSection())
+    by_setting = {test["settings"].get("design.refresh"): test["metrics"] for test in row.tests if test["condition"] == ""}
+    assert by_setting[1]["deviation"] == 0.0
+    assert by_setting[4]["loss"] == by_setting[None]["loss"]
+    assert "deviation" not in by_setting[None]
+    task = Task.from_dict(run.task)
+    online = build(task, run.evaluate[0]["design"], run.size)
+    online.load_state_dict(kept[0].state_dict())
+    inputs = task.sample(8, np.random.default_rng([0, TEST, 0])).inputs
+    with torch.no_grad():
+        exact, stale = online.eval()(inputs), kept[0].eval()(inputs)
+    assert by_setting[4]["deviation"] == pytest.approx(((stale - exact).norm() / exact.norm()).item(), rel=1e-5)
+    assert by_setting[4]["deviation"] > 1e-6
+
+
+def test_settings_that_change_the_parameters_are_refused(tmp_path: Path) -> None:
+    models = {"Yaad": {"name": "yaad", "evaluate": {"design.memory": [{"kind": "Matrix"}]}}}
+    row = execute(first_run(study_from(raw_study(tmp_path, models=models))), ResourcesSection())
+    assert "evaluate changes the model's parameters" in row.error
+
+
+def test_guided_trials_follow_from_the_rows_and_stop_where_they_end(tmp_path: Path) -> None:
+    axes = {"train.lr": {"low": 1e-4, "high": 1.0, "log": True}, "design.anchor": ["initial", "origin"]}
+    raw = raw_study(tmp_path, axes=axes, seeds=[0, 1], models={"Delta": {"name": "deltanet"}})
+    study = study_from({**raw, "search": {"kind": "optuna", "trials": 60, "batch": 6}})
+    table: dict[str, Row] = {}
+    seen: list[list[float]] = []
+    for batch in batches(study, table.get):
+        assert len(batch) == 12
+        seen.append([dict(item.settings)["train.lr"] for item in batch])
+        for item in batch:
+            rate = dict(item.settings)["train.lr"]
+            failed = rate > 0.5
+            accuracy = -abs(np.log10(rate) + 2)  # best at 1e-2
+            table[item.run.key] = Row(item.run.key, "failed" if failed else "done", validation={"accuracy": accuracy})
+    assert len(seen) == 10
+    again = [[dict(item.settings)["train.lr"] for item in batch] for batch in batches(study, table.get)]
+    assert again == seen
+    guided = np.abs(np.log10(np.concatenate(seen[5:])) + 2).mean()
+    assert guided < 0.75  # at random it is 1 on average
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_rows(tiny: Study) -> None:
+    study = replace(tiny, seeds=[0])
+    here = {item.run.key: execute(item.run, ResourcesSection()).tests for item in next(batches(study, lambda _: None))}
+    script = """
+import sys
+from pathlib import Path
+from miras.study.config import study_from
+from miras.study.runner import run_study
+from tests.study.conftest import raw_study
+run_study(study_from(raw_study(Path(sys.argv[1]), seeds=[0], imports=["tests.study.conftest"])), workers=2)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])}
+    subprocess.run([sys.executable, "-c", script, study.out], env=environment, check=True, capture_output=True)
+    found = Store(Path(study.out)).rows()
+    assert {row.status for row in found.values()} == {"done"}, [row.trace for row in found.values()]
+    assert {key: row.tests for key, row in found.items()} == here
