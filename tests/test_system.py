@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from miras import learning
 from miras.engine.chunk import token_deviations, written
 from miras.engine.errors import Factors
 from miras.memory import WeightShape
-from miras.system import System, build_system
+from miras.system import System, build_system, decayed
 from tests.problems import assert_close
 
 LINEAR = [
@@ -59,16 +61,16 @@ def test_system_equals_repeated_steps(rule: learning.Learning) -> None:
 
 
 @pytest.mark.parametrize("rule", LINEAR, ids=str)
-@pytest.mark.parametrize("decayed", [False, True])
-def test_system_before_a_step(rule: learning.Learning, decayed: bool) -> None:
+@pytest.mark.parametrize("at_decayed", [False, True])
+def test_system_before_a_step(rule: learning.Learning, at_decayed: bool) -> None:
     size = 5
     log_decay, gates = -torch.rand(size, dtype=torch.float64), gates_of(rule, size)
     z, u = tuple(torch.randn(rule.slots, dtype=torch.float64)), torch.randn(size, dtype=torch.float64)
     after = torch.stack([x[0] for x in by_steps(rule, z, u, log_decay.exp(), gates)])
     expected = torch.cat((z[0][None], after[:-1]))
-    expected = expected * log_decay.exp() if decayed else expected
+    expected = expected * log_decay.exp() if at_decayed else expected
     system = rule.system(log_decay, gates)
-    mix, carry = system.before(log_decay if decayed else None)
+    mix, carry = system.before(log_decay if at_decayed else None)
     assert_close(mix @ u + sum(c * x for c, x in zip(carry, z, strict=True)), expected)
 
 
@@ -124,3 +126,16 @@ def test_huge_decays_underflow_to_zero() -> None:
     system = build_system((torch.full((4,), -1e4, dtype=torch.float64),))
     assert torch.equal(system.mix, torch.eye(4, dtype=torch.float64))
     assert float(system.carry[0].abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_vanishing_decays_are_zero_before_their_products_are_denormal(dtype: torch.dtype) -> None:
+    tiny = torch.finfo(dtype).tiny
+    total = torch.linspace(-2.5, 0, 98, dtype=dtype).mul(-math.log(tiny)).requires_grad_()
+    found = decayed(total)
+    exact = total.detach().double().exp()
+    kept = exact**2 >= tiny
+    assert 0 < int(kept.sum()) < len(total)
+    torch.testing.assert_close(found.detach().double(), exact * kept, rtol=1e-4 if dtype == torch.float32 else 1e-12, atol=0)
+    assert torch.equal(torch.autograd.grad(found.sum(), total)[0], found)
+    assert not bool(((found * found > 0) & (found * found < tiny)).any())

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from miras.design import Design
 from miras.engine.chunk import Slots, run_blocks, run_chunks
@@ -199,8 +198,9 @@ class _Scan(torch.autograd.Function):
         return (torch.cat(pieces, dim=2), *slots)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *grad_slots: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("path='fused' has no second derivatives (create_graph=True); path='frozen' has")
         step: Step = ctx.step
         sequences, shared, kept = _split(step, ctx.saved_tensors)
         steps, needed, count = _steps([*sequences, grad_out], step.length), _needed(ctx, step), len(grad_slots)

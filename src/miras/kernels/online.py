@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from miras.design import Design
 from miras.engine.chunk import run_chunks
@@ -203,8 +202,9 @@ class _Block(torch.autograd.Function):
         return tuple(found)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():
+            raise RuntimeError("path='fused' has no second derivatives (create_graph=True); path='substituted' has")
         step: OnlineStep = ctx.step
         count = len(grads)
         flat, found = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
