@@ -13,7 +13,9 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +36,8 @@ MAX_WINDOW = 256
 
 MIN_WORK = 2**28
 """Products of a weight and an input that are worth the tens of seconds of compiling, once a shape (cached on disk)."""
+
+_least_work: ContextVar[int | None] = ContextVar("least_work", default=None)
 
 
 @dataclass(frozen=True)
@@ -133,9 +137,21 @@ def unprofitable(
         return "it has not been measured with rates or decays per channel, which take small blocks"
     if packed:
         return "packed sequences end apart, and every number of rows would be compiled anew"
-    if work is not None and work < MIN_WORK:
-        return f"{work:.1e} products of a weight and an input are not worth compiling for ({MIN_WORK:.1e} are)"
+    asked = _least_work.get()
+    least = MIN_WORK if asked is None else asked
+    if work is not None and work < least:
+        return f"{work:.1e} products of a weight and an input are not worth compiling for ({least:.1e} are)"
     return None
+
+
+@contextmanager
+def compiled_from(work: int | None) -> Generator[None]:
+    """Within it whatever takes at least this much `work` is compiled (None: `MIN_WORK`), for a small model's many steps."""
+    token = _least_work.set(work)
+    try:
+        yield
+    finally:
+        _least_work.reset(token)
 
 
 def work_of(design: Design, k: Tensor, v: Tensor) -> int:

@@ -41,10 +41,17 @@ class TrainSection(Optimisation):
 
 @dataclass
 class ResourcesSection:
-    """What one run may use; it is no part of what the run is. Without `gpus` a run stays on the CPU."""
+    """What one run may use; it is no part of what the run is. Without `gpus` a run stays on the CPU.
+
+    compile          also the windows of deep memories too small to be worth it for one run
+    process_runs     runs that a process does, one after another: more of them share the imports and what was compiled, but
+                     the peak memory of each includes what earlier ones left
+    """
 
     threads: int = 1
     gpus: float = 0.0
+    compile: bool = False
+    process_runs: int = 1
 
 
 @dataclass
@@ -53,12 +60,16 @@ class SearchSection:
 
     Guided trials are proposed `batch` at a time, for each task, size and model, from the mean over the seeds of what the
     model is selected by: the same file proposes the same trials, whatever ran where.
+
+    With `seeds` a grid or random search looks at that many seeds, the first ones, and for each task, size and model only
+    the best setting goes on to the others.
     """
 
     kind: str = "grid"
     trials: int = 20
     batch: int = 4
     seed: int = 0
+    seeds: int | None = None
 
 
 @dataclass
@@ -198,6 +209,7 @@ def _check(study: Study) -> None:
             "search.trials": study.search.trials,
             "search.batch": study.search.batch,
             "resources.threads": study.resources.threads,
+            "resources.process_runs": study.resources.process_runs,
             "statistics.resamples": study.statistics.resamples,
         }
     )
@@ -209,6 +221,12 @@ def _check(study: Study) -> None:
     ):
         if value not in allowed:
             raise ValueError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
+    first = study.search.seeds
+    if first is not None and (study.search.kind == "optuna" or not 1 <= first <= len(study.seeds)):
+        raise ValueError(
+            f"search.seeds is {first} with search.kind {study.search.kind} and {len(study.seeds)} seeds; a grid or random "
+            "search can look at 1 of them to all, a guided one looks at all (leave it out)"
+        )
     if not 0.5 <= study.statistics.confidence < 1.0:
         raise ValueError(
             f"statistics.confidence is {study.statistics.confidence}; it is between 0.5 and 1, for example 0.95"

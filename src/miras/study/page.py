@@ -114,6 +114,11 @@ def cautions(results: Results) -> list[str]:
             f"{seeds} seeds: bootstrap intervals of so few values are too narrow, within the range of the values, and a "
             "difference that is not distinguishable may be real all the same."
         )
+    if study.search.seeds is not None and study.search.seeds < seeds:
+        notes.append(
+            f"Of each model's settings, the best on validation draws of the first {study.search.seeds} of the seeds went on "
+            "to the others."
+        )
     least = smallest_p(seeds, study.statistics)
     if study.baselines and seeds > 1 and least > 1 - study.statistics.confidence:
         notes.append(

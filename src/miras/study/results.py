@@ -80,7 +80,9 @@ class Results:
         return found
 
     def better(self, cell: Cell, other: Cell) -> bool:
-        """Whether a cell is to be selected before another."""
+        """Whether a cell is to be selected before another: the one that went on to more seeds, then the better one."""
+        if len(cell.runs) != len(other.runs):
+            return len(cell.runs) > len(other.runs)
         if cell.score is None or other.score is None:
             return cell.score is not None or (other.score is None and len(cell.done) > len(other.done))
         return cell.score > other.score if self.task(cell.task).higher_is_better else cell.score < other.score

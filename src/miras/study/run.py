@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import platform
+import statistics
 import tempfile
 import time
 import traceback
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
+from miras.kernels.fused import compiled_from
 from miras.study.config import ResourcesSection
 from miras.study.model import build
 from miras.study.plan import Run
@@ -48,6 +50,7 @@ class Row:
     validation  metrics on draws that no test uses: what settings are selected by
     tests       [{"condition": ..., "settings": {...}, "metrics": {...}, "count": ...}]
     seconds     in training steps
+    tokens_per_second   of a step that takes the median time
     """
 
     key: str
@@ -128,10 +131,12 @@ def _train_and_test(run: Run, resources: ResourcesSection) -> dict[str, Any]:
     model = build(task, run.design, run.size)
     flops = count_flops(model, task)
     examples = Examples(task, batch_size, steps, run.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(run, resources, task, model, examples, folder)
-        trainer.train()
-        memory = peak_memory(trainer.args.use_cpu)
+    with compiled_from(0 if resources.compile else None):
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(run, resources, task, model, examples, folder)
+            trainer.train()
+            memory = peak_memory(trainer.args.use_cpu)
+        tested = test(run, task, model)
     speed = trainer.speed
     return {
         "device": _device(trainer.args),
@@ -142,9 +147,9 @@ def _train_and_test(run: Run, resources: ResourcesSection) -> dict[str, Any]:
         "flops": flops,
         "curve": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": speed.seconds,
-        "tokens_per_second": examples.tokens / speed.seconds,
+        "tokens_per_second": examples.tokens / len(speed.durations) / statistics.median(speed.durations),
         "peak_memory": memory,
-        **test(run, task, model),
+        **tested,
     }
 
 

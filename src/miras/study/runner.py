@@ -146,8 +146,9 @@ def _machine(study: Study, address: str | None, workers: int | None) -> Generato
         **({} if address else local),
     )
     try:
-        # A process for each run: peak memory is its own, and what one breaks does not reach the next.
-        remote: Any = ray.remote(num_cpus=resources.threads, num_gpus=resources.gpus, max_calls=1, max_retries=0)(_remote)
+        # By default a process for each run: peak memory is its own, and what one breaks does not reach the next.
+        limits: Any = {"num_cpus": resources.threads, "num_gpus": resources.gpus, "max_calls": resources.process_runs}
+        remote: Any = ray.remote(**limits, max_retries=0)(_remote)
         room = workers or max(1, int(ray.cluster_resources().get("CPU", 1) // resources.threads))
         runs: dict[Any, Run] = {}
 

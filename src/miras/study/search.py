@@ -28,12 +28,17 @@ def batches(study: Study, lookup: Lookup) -> Iterator[list[Planned]]:
         yield from _guided(study, lookup)
         return
     search = study.search
-    yield [
-        run
+    tried = [
+        [
+            plan(study, group, settings)
+            for settings in (grid(group) if search.kind == "grid" else random_settings(group, search.trials, search.seed))
+        ]
         for group in groups(study)
-        for settings in (grid(group) if search.kind == "grid" else random_settings(group, search.trials, search.seed))
-        for run in plan(study, group, settings)
     ]
+    seeds = search.seeds or len(study.seeds)
+    yield [run for settings in tried for runs in settings for run in runs[:seeds]]
+    if seeds < len(study.seeds):
+        yield [run for settings in tried for run in _best(settings, seeds, lookup)[seeds:]]
 
 
 def finished_batches(study: Study, lookup: Lookup) -> list[Planned]:
@@ -52,6 +57,15 @@ def score(planned: list[Planned], lookup: Lookup) -> float | None:
     metric = Task.from_dict(planned[0].run.task).metric
     values = [row.validation[metric] for row in rows if row is not None and row.status == "done"]
     return sum(values) / len(values) if len(values) == len(planned) and all(map(math.isfinite, values)) else None
+
+
+def _best(settings: list[list[Planned]], seeds: int, lookup: Lookup) -> list[Planned]:
+    """The runs of the setting with the best score on the first `seeds` seeds, of the first one if all failed."""
+    higher = Task.from_dict(settings[0][0].run.task).higher_is_better
+    scores = [score(runs[:seeds], lookup) for runs in settings]
+    worst = -math.inf if higher else math.inf
+    known = [worst if value is None else value for value in scores]
+    return settings[known.index(max(known) if higher else min(known))]
 
 
 def _guided(study: Study, lookup: Lookup) -> Iterator[list[Planned]]:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class Speed(TrainerCallback):
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
         self.seconds, self.steps, self.began, self.resumed_steps = 0.0, 0, 0.0, 0
+        self.durations = array("d")
 
     @property
     def tokens_per_second(self) -> float:
@@ -88,7 +90,8 @@ class Speed(TrainerCallback):
         """Stops the clock."""
         if torch.cuda.is_available() and not args.use_cpu:
             torch.cuda.synchronize()
-        self.seconds += time.perf_counter() - self.began
+        self.durations.append(time.perf_counter() - self.began)
+        self.seconds += self.durations[-1]
         self.steps += 1
 
 
