@@ -161,6 +161,10 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "has_compiler", lambda: True)
     assert plan().path == plan(work=fused.MIN_WORK).path == "fused"
     assert "not worth compiling" in plan(work=fused.MIN_WORK - 1).refusals["fused"]
+    with fused.compiled_from(7):
+        assert plan(work=7).path == "fused"
+        assert "(7.0e+00 are)" in plan(work=6).refusals["fused"]
+    assert "not worth compiling" in plan(work=7).refusals["fused"]
     assert "packed" in plan(packed=True).refusals["fused"]
     assert "per channel" in plan(per_channel=True).refusals["fused"]
     assert "CPUs only" in plan(device=torch.device("cuda")).refusals["fused"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from miras.study.config import ablated, merged, read_study, study_from
-from miras.study.plan import axes_of, check_heatmaps, groups, nested, random_settings
+from miras.study.plan import axes_of, check_compare, check_heatmaps, groups, nested, random_settings
 from miras.study.search import batches
 from tests.study.conftest import raw_study
 
@@ -30,6 +30,11 @@ ABLATION = [{"of": "Yaad", "revert": {"L2 bias": {"design": {"bias": {"kind": "L
         ({}, ["statistics.test=z"], r"statistics.test is 'z'; allowed: t, permutation"),
         ({}, ["statistics.confidence=95"], r"statistics.confidence is 95.0; it is between"),
         ({"baselines": ["Mamba"]}, [], r"baselines name 'Mamba'; the models are Delta, Transformer"),
+        ({"compare": {"ecko": [""]}}, [], r"compare names 'ecko'; the tasks are echo"),
+        ({"compare": {"echo": "12 tokens"}}, [], r"compare.echo is '12 tokens'; give a list of conditions"),
+        ({}, ["search.seeds=3"], r"search.seeds is 3 with search.kind grid and 2 seeds"),
+        ({}, ["search.seeds=1", "search.kind=optuna"], r"a guided one looks at all"),
+        ({}, ["resources.process_runs=0"], r"resources.process_runs is 0; it must be positive"),
         ({"ablations": [{"of": "Delta"}]}, [], r"give \{of: a model, revert"),
         ({"imports": ["no.such"]}, [], r"imports names no.such: No module named 'no'; is its folder in PYTHONPATH"),
         ({"ablations": ABLATION}, [], r"ablations name 'Yaad'; the models are"),
@@ -62,13 +67,14 @@ def test_studies_that_are_refused(changes: dict[str, Any], overrides: list[str],
         ({"axes": {"train.lr": {"low": 1e-3, "high": 1e-2}}}, r"a range needs search.kind random or optuna"),
         ({"evaluate": {"train.lr": [1]}}, r"only design.\* can change after training"),
         ({"heatmaps": [{"x": "train.lr"}]}, r"its keys are x, y, metric"),
+        ({"compare": {"echo": ["13 tokens"]}}, r"compare.echo names '13 tokens'; that task tests '', '12 tokens'"),
         ({"heatmaps": [{"x": "train.lr", "y": "model"}]}, r"heat map over 'train.lr', which does not vary; allowed: model"),
     ],
 )
 def test_plans_that_are_refused(changes: dict[str, Any], message: str) -> None:
     study = study_from({**raw_study(Path("none")), **changes})
     with pytest.raises(ValueError, match=message):
-        _ = check_heatmaps(study), next(batches(study, lambda _: None))
+        _ = check_heatmaps(study), check_compare(study), next(batches(study, lambda _: None))
 
 
 def test_files_are_read_by_their_names(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def made_up(planned: Planned, failed: bool) -> Row:
     tested = value - (0.1 if better else 0.0)
     tests: list[dict[str, Any]] = [
         {"condition": name, "settings": {}, "metrics": {"accuracy": tested - drop}, "count": 8}
-        for name, drop in (("", 0), ("12 tokens", 0.2))
+        for name, drop in (("", 0), ("12 tokens", 0.3 if planned.model == "Transformer" else 0.2))
     ]
     tests += [
         {"condition": "", "settings": item["settings"], "metrics": {"accuracy": tested, "deviation": 0.25}, "count": 8}
@@ -121,6 +121,46 @@ def test_comparisons_are_paired_by_seed_and_leave_ablations_to_their_table(resul
     assert len(compared.rows) == 2
     ablated = cells(ablation_table(results), model="Delta: no gate", size="small")
     assert (ablated["original"], ablated["difference [interval]"][:15]) == ("Delta", "accuracy -0.200")
+
+
+def test_conditions_to_compare_under_are_one_family_of_tests(study: Study) -> None:
+    both = collect(replace(study, compare={"echo": ["", "12 tokens"]}), Store(Path(study.out)))
+    table = comparison_table(both)
+    assert table is not None
+    assert len(table.rows) == 4
+    first = cells(table, task="echo", model="Delta", size="small")
+    longer = cells(table, task="echo: 12 tokens", model="Delta", size="small")
+    # The longer task costs the Transformer 0.3 and the other 0.2.
+    assert (first["difference [interval]"][:15], longer["difference [interval]"][:15]) == (
+        "accuracy +0.000",
+        "accuracy +0.100",
+    )
+
+
+def test_after_a_search_on_the_first_seed_the_best_setting_goes_on(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path / "halved", seeds=[0, 1, 2], axes={"train.lr": [0.01, 0.02]}, search={"seeds": 1})
+    study = study_from(raw)
+    store = Store(Path(study.out))
+    planned = list[Planned]()
+    for batch in batches(study, store.get):
+        planned += batch
+        for item in batch:
+            store.put(made_up(item, failed=False))
+    # Two models: two rates each with seed 0, then the rate that validates better with the other seeds.
+    assert [(dict(item.settings)["train.lr"], item.run.seed) for item in planned if item.model == "Delta"] == [
+        (0.01, 0),
+        (0.02, 0),
+        (0.02, 1),
+        (0.02, 2),
+    ]
+    found = collect(study, store)
+    assert len(found.missing) == 0
+    row = cells(main_table(found), model="Delta")
+    assert (row["selected setting"], row["seeds"]) == ("lr 0.02", "3 of 3")
+    # A setting that only did well on the seed it was tried with is not selected over the one that went on.
+    [other] = [cell for cell in found.cells if cell.model == "Delta" and dict(cell.settings)["train.lr"] == 0.01]
+    other.score = 1.0
+    assert dict(replace(found).selected["echo", "", "Delta"].settings)["train.lr"] == 0.02
 
 
 def test_one_pair_is_no_test(study: Study) -> None:

@@ -95,6 +95,7 @@ class Study:
     evaluate   design.*: [values] with which a trained model is run again, and by how much its outputs then deviate from
                those at the first values
     baselines  models that every other one is tested against
+    compare    task: [conditions of its tests] under which they are, "" being the task as trained (default: that alone)
     ablations  {of: model, revert: {label: {design: ..., ...}}}: the model with one choice changed at a time
     heatmaps   {x: key, y: key, metric: ..., condition: ..., models: [...]}; `evaluate.` before a key of `evaluate`
     imports    modules to import first: where tasks and choices of your own are defined
@@ -115,6 +116,7 @@ class Study:
     search: SearchSection = field(default_factory=SearchSection)
     evaluate: dict[str, Any] = field(default_factory=dict)
     baselines: list[str] = field(default_factory=list)
+    compare: dict[str, Any] = field(default_factory=dict)
     ablations: list[Any] = field(default_factory=list)
     heatmaps: list[Any] = field(default_factory=list)
     statistics: StatisticsSection = field(default_factory=StatisticsSection)
@@ -166,6 +168,7 @@ def restricted(study: Study, tasks: Sequence[str] = (), models: Sequence[str] = 
     return replace(
         study,
         tasks={name: task for name, task in study.tasks.items() if not tasks or name in tasks},
+        compare={name: found for name, found in study.compare.items() if not tasks or name in tasks},
         models={name: study.models[name] for name in kept},
         baselines=[name for name in study.baselines if name in kept],
         ablations=[entry for entry in study.ablations if entry["of"] in kept],
@@ -243,3 +246,8 @@ def _check_names(study: Study) -> None:
     for key, name in named:
         if name not in study.models:
             raise ValueError(f"study: {key} name {name!r}; the models are {', '.join(study.models)}")
+    for task, conditions in study.compare.items():
+        if task not in study.tasks:
+            raise ValueError(f"study: compare names {task!r}; the tasks are {', '.join(study.tasks)}")
+        if not isinstance(conditions, list) or not conditions:
+            raise ValueError(f"study: compare.{task} is {conditions!r}; give a list of conditions of the task's tests")

@@ -131,6 +131,16 @@ def check_heatmaps(study: Study) -> None:
                 raise ValueError(f"study: heat map over {entry[side]!r}, which does not vary; allowed: {', '.join(allowed)}")
 
 
+def check_compare(study: Study) -> None:
+    """Refuse comparisons under conditions that a task does not test. Raises ValueError."""
+    for name, conditions in study.compare.items():
+        task = {key: value for key, value in study.tasks[name].items() if key not in ("train", "size")}
+        known = list(Task.from_dict(task).tests())
+        for condition in conditions:
+            if condition not in known:
+                raise ValueError(f"study: compare.{name} names {condition!r}; that task tests {', '.join(map(repr, known))}")
+
+
 def all_models(study: Study) -> dict[str, dict[str, Any]]:
     """The models and those of the ablations, by name. Raises ValueError for entries that are none."""
     found = {**study.models, **ablated(study)}

@@ -176,18 +176,20 @@ def failure_table(results: Results) -> Table | None:
 
 
 def _pairs(results: Results, title: str, against: str, pairs: Sequence[tuple[Cell, Cell, str]]) -> Table | None:
-    found: list[tuple[Cell, Cell, str, Comparison]] = []
+    found: list[tuple[Cell, Cell, str, str | None, Comparison]] = []
     for cell, base, name in pairs:
         metric = results.task(cell.task).metric
-        compared = compare(cell.values(metric), base.values(metric), results.study.statistics)
-        if compared is not None:
-            found.append((cell, base, name, compared))
+        for condition in results.study.compare.get(cell.task, [None]):
+            values = cell.values(metric, condition), base.values(metric, condition)
+            compared = compare(*values, results.study.statistics)
+            if compared is not None:
+                found.append((cell, base, name, condition, compared))
     if not found:
         return None
-    family = corrected([item[3] for item in found], results.study.statistics)
+    family = corrected([item[-1] for item in found], results.study.statistics)
     rows = [
         [
-            cell.task,
+            f"{cell.task}: {condition}" if condition else cell.task,
             *([cell.size] if results.study.sizes else []),
             cell.model,
             name,
@@ -198,7 +200,7 @@ def _pairs(results: Results, title: str, against: str, pairs: Sequence[tuple[Cel
             _p(compared.corrected),
             "yes" if _same_examples(cell, base) else "NO",
         ]
-        for (cell, base, name, _), compared in zip(found, family, strict=True)
+        for (cell, base, name, condition, _), compared in zip(found, family, strict=True)
     ]
     strong = frozenset((i, len(rows[i]) - 2) for i, item in enumerate(family) if item.corrected < _alpha(results))
     settings = results.study.statistics
