@@ -1,5 +1,6 @@
 """The report: figures of rows that are made up, selection, failures, and one page that needs nothing from outside."""
 
+import csv
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -205,6 +206,27 @@ def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -
             assert title in text
         assert "training stopped at step 3: loss nan" in text
     assert write_study_report(study, "miras study some.yaml")[0].read_text() == page
+
+
+def test_every_figure_is_in_the_table_of_results(study: Study) -> None:
+    page, _ = write_study_report(study, "command")
+    with (page.parent / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    [longer] = [
+        line
+        for line in lines
+        if (line["size"], line["model"], line["setting"], line["seed"]) == ("small", "Delta", "lr 0.01", "1")
+        and line["condition"] == "12 tokens"
+    ]
+    assert (longer["metric"], longer["value"], longer["parameters"], longer["status"]) == (
+        "accuracy",
+        "0.31",
+        "1500",
+        "done",
+    )
+    changed = {(line["changed"], line["metric"]) for line in lines if line["changed"]}
+    assert changed == {(f"link_at {at}", name) for at in ("token", "refresh") for name in ("accuracy", "deviation")}
+    assert [line["value"] for line in lines if line["status"] == "diverged"] == ["", ""]
 
 
 def test_unfinished_studies_report_what_there_is(study: Study) -> None:

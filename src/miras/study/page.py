@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment
 
 from miras.report.page import STYLE
 from miras.study import figures, tables
 from miras.study.config import Study
+from miras.study.plan import shown
 from miras.study.results import Results, collect
 from miras.study.statistics import smallest_p
 from miras.study.store import Store
 from miras.study.tables import Table
 
 TEMPLATE = Path(__file__).with_name("study.html.jinja")
+COLUMNS = (
+    *("task", "size", "model", "setting", "seed", "status", "commit"),
+    *("parameters", "tokens", "tokens_per_second", "peak_bytes", "condition", "changed", "metric", "value"),
+)
 FEW = 6
 """Fewer seeds than this get a word of caution."""
 
@@ -34,7 +41,9 @@ class Section:
 
 
 def write_study_report(study: Study, command: str) -> tuple[Path, Path]:
-    """Write report.html and report.md in the study's folder, from the rows in its store; `command` makes them again.
+    """Write report.html, report.md and results.csv in the study's folder, from its store; `command` makes them again.
+
+    results.csv has a line for every run, condition, changed setting and metric.
 
     Raises:
         ValueError: no run has finished.
@@ -63,7 +72,21 @@ def write_study_report(study: Study, command: str) -> tuple[Path, Path]:
     page_file, markdown_file = folder / "report.html", folder / "report.md"
     page_file.write_text(html, encoding="utf-8")
     markdown_file.write_text("\n".join(text).replace("\n\n\n", "\n\n"), encoding="utf-8")
+    with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([COLUMNS, *measurements(results)])
     return page_file, markdown_file
+
+
+def measurements(results: Results) -> Iterator[tuple[Any, ...]]:
+    """Every figure of every run, under the headings of `COLUMNS`."""
+    for cell in results.cells:
+        for seed, row in cell.rows.items():
+            run = (cell.task, cell.size, cell.model, cell.label, seed, row.status, row.commit)
+            cost = (row.parameters, row.tokens, round(row.tokens_per_second), row.peak_memory)
+            for test in row.tests or [{"condition": "", "settings": {}, "metrics": {"": ""}}]:
+                for metric, value in test["metrics"].items():
+                    found = f"{value:.6g}" if metric else ""
+                    yield (*run, *cost, test["condition"], shown(test["settings"].items()), metric, found)
 
 
 def sections(results: Results) -> list[Section]:
