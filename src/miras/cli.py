@@ -160,14 +160,14 @@ def study(
     """Train every run of a study that is not done yet, and report: tables, tests, figures. Kill and repeat it at will."""
     from miras.study.config import read_study, restricted
     from miras.study.page import write_study_report
-    from miras.study.plan import check_compare, check_heatmaps
+    from miras.study.plan import check_heatmaps, check_tasks
     from miras.study.runner import run_study
 
     _set_up()
     whole = read_study(file, [*(overrides or []), *([f"out={out}"] if out else [])])
     check_heatmaps(whole)
-    check_compare(whole)
     what = restricted(whole, task or [], model or [])
+    check_tasks(what)
     parts = [("--task", name) for name in task or []] + [("--model", name) for name in model or []]
     parts += [("--out", str(out))] if out else []
     if not report_only:

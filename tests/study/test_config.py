@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from miras.study.config import ablated, merged, read_study, study_from
-from miras.study.plan import axes_of, check_compare, check_heatmaps, groups, nested, random_settings
+from miras.study.plan import axes_of, check_heatmaps, check_tasks, groups, nested, random_settings
 from miras.study.search import batches
 from tests.study.conftest import raw_study
 
@@ -68,13 +68,17 @@ def test_studies_that_are_refused(changes: dict[str, Any], overrides: list[str],
         ({"evaluate": {"train.lr": [1]}}, r"only design.\* can change after training"),
         ({"heatmaps": [{"x": "train.lr"}]}, r"its keys are x, y, metric"),
         ({"compare": {"echo": ["13 tokens"]}}, r"compare.echo names '13 tokens'; that task tests '', '12 tokens'"),
+        (
+            {"tasks": {"needle": {"kind": "PassKeyNeedle", "num_tokens": 20, "vocab_size": 512}}},
+            r"study: task needle: num_tokens=20 is too short",
+        ),
         ({"heatmaps": [{"x": "train.lr", "y": "model"}]}, r"heat map over 'train.lr', which does not vary; allowed: model"),
     ],
 )
 def test_plans_that_are_refused(changes: dict[str, Any], message: str) -> None:
     study = study_from({**raw_study(Path("none")), **changes})
     with pytest.raises(ValueError, match=message):
-        _ = check_heatmaps(study), check_compare(study), next(batches(study, lambda _: None))
+        _ = check_heatmaps(study), check_tasks(study), next(batches(study, lambda _: None))
 
 
 def test_files_are_read_by_their_names(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from miras.study.config import Study, read_study
-from miras.study.plan import check_compare, check_heatmaps
+from miras.study.plan import check_heatmaps, check_tasks
 from miras.study.search import batches
 
 STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "studies").glob("*.yaml"))
@@ -16,7 +16,7 @@ def test_every_run_of_every_study_can_be_planned(path: Path) -> None:
     study = read_study(path)
     assert isinstance(study, Study)
     check_heatmaps(study)
-    check_compare(study)
+    check_tasks(study)
     runs = next(batches(study, lambda _: None))
     assert len(study.seeds) >= 3 or study.name == "candidates"
     assert {item.run.seed for item in runs} == set(study.seeds[: study.search.seeds])

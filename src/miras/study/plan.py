@@ -131,14 +131,23 @@ def check_heatmaps(study: Study) -> None:
                 raise ValueError(f"study: heat map over {entry[side]!r}, which does not vary; allowed: {', '.join(allowed)}")
 
 
-def check_compare(study: Study) -> None:
-    """Refuse comparisons under conditions that a task does not test. Raises ValueError."""
-    for name, conditions in study.compare.items():
-        task = {key: value for key, value in study.tasks[name].items() if key not in ("train", "size")}
-        known = list(Task.from_dict(task).tests())
-        for condition in conditions:
-            if condition not in known:
-                raise ValueError(f"study: compare.{name} names {condition!r}; that task tests {', '.join(map(repr, known))}")
+def check_tasks(study: Study) -> None:
+    """Draw an example of every task and condition, and refuse those that give none. Raises ValueError.
+
+    Also refuses comparisons under conditions that a task does not test.
+    """
+    for name, entry in study.tasks.items():
+        try:
+            task = Task.from_dict({key: value for key, value in entry.items() if key not in ("train", "size")})
+            conditions = task.tests()
+            for each in (task, *conditions.values()):
+                each.sample(1, np.random.default_rng(0))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"study: task {name}: {error}") from error
+        for condition in study.compare.get(name, []):
+            if condition not in conditions:
+                known = ", ".join(map(repr, conditions))
+                raise ValueError(f"study: compare.{name} names {condition!r}; that task tests {known}")
 
 
 def all_models(study: Study) -> dict[str, dict[str, Any]]:
