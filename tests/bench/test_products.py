@@ -34,6 +34,7 @@ EXACT = [
     "yaad refresh=1",
     "moneta",
     "memora link_at=token",
+    "moneta link_at=token",
     "ttt_mlp",
     "ttt_linear",
     "gated_deltanet",

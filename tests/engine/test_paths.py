@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,35 @@ def test_default_blocks_in_long_sequences(name: str) -> None:
     problem = random_problem(LONG[name], batch=1, tokens=139, heads=1, width=3, rate="channel", decay="head")
     problem["lr"] = 0.3 * problem["lr"]
     assert_same(outcome(problem, path=name.split(",")[0]), outcome(problem, path="reference"))
+
+
+SCALED = Design(memory.MLP(2, 2.0), bias.Lp(3.0), retention.LqRms(), learning.GradientDescent(), refresh=6, link_at="token")
+LEARNINGS = {
+    "descent": learning.GradientDescent(),
+    "momentum": learning.Momentum(),
+    "omega": learning.Omega(3),
+    "muon": learning.Muon(2),
+    "micro-steps": learning.MultiStep(2),
+}
+
+
+@pytest.mark.parametrize("gates", ["head", "channel"])
+@pytest.mark.parametrize("rule", LEARNINGS)
+@pytest.mark.parametrize("q", [2.5, 3.0, 4.0])
+@pytest.mark.parametrize("kind", [retention.Lq, retention.LqRms], ids=lambda x: x.__name__)
+def test_scale_links_at_every_token(
+    kind: type[retention.Lq | retention.LqRms], q: float, rule: str, gates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "CHANNEL_TILE", 4)
+    design = replace(SCALED, retention=kind(q), learning=LEARNINGS[rule], anchor="origin" if q == 4 else "initial")
+    problem = random_problem(design, tokens=11, slow=True, rate=gates, decay=gates)
+    assert_same(outcome(problem, path="frozen"), outcome(problem, path="reference"))
+
+
+def test_scale_links_where_decays_vanish() -> None:
+    problem = random_problem(replace(SCALED, refresh=16, learning=learning.Momentum()), tokens=35)
+    problem["log_decay"] = 300 * problem["log_decay"]
+    assert_same(outcome(problem, path="frozen"), outcome(problem, path="reference"))
 
 
 def test_strong_decay_has_no_overflow() -> None:

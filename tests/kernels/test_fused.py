@@ -39,6 +39,10 @@ DESIGNS = {
     "three layers": replace(PLAIN, memory=memory.MLP(3, 1.0, "silu"), bias=bias.Robust()),
     "a user's bias": replace(PLAIN, bias=LogCosh()),
     "scale link": replace(PLAIN, retention=retention.LqMirror(4.0), link_at="refresh"),
+    "scale link at every token": replace(PLAIN, retention=retention.LqRms(4.0, 0.3), bias=bias.Lp(3.0)),
+    "printed Lq at every token": replace(
+        PLAIN, retention=retention.Lq(2.5), learning=learning.Momentum(), anchor="origin", refresh=3
+    ),
     "pointwise link": replace(PLAIN, retention=retention.KL(5.0), link_at="refresh", learning=learning.Momentum()),
     "settling": replace(PLAIN, learning=learning.Muon(2)),
     "windows of two blocks": replace(PLAIN, refresh=6),
@@ -81,7 +85,7 @@ def handed(problem: Problem, state: MemoryState, path: str) -> dict[str, Tensor]
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("begun", [4, 6], ids=["at a window's start", "inside a window"])
-@pytest.mark.parametrize("name", ["momentum from the origin", "pointwise link"])
+@pytest.mark.parametrize("name", ["momentum from the origin", "pointwise link", "scale link at every token"])
 def test_from_a_state(name: str, begun: int) -> None:
     problem = problem_of(DESIGNS[name], tokens=24)
     _, state = run(sliced(problem, 0, begun))
@@ -182,8 +186,10 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.skipif(not fused.has_compiler(), reason="torch.compile needs a C++ compiler on a CPU; install g++")
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=str)
-def test_compiled(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("link", [retention.L2(), retention.LqRms(4.0, 0.3)], ids=lambda x: x.kind)
+def test_compiled(link: retention.Retention, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "MIN_WORK", 1)
-    problem = problem_of(replace(PLAIN, refresh=16, learning=learning.Momentum()), tokens=70, width=8, dtype=dtype)
+    design = replace(PLAIN, refresh=16, learning=learning.Momentum(), retention=link)
+    problem = problem_of(design, tokens=70, width=8, dtype=dtype)
     assert miras.engine.plan(problem["design"], work=1).path == "fused"
     assert_same(outcome(problem), outcome(problem, path="frozen"), tolerance)

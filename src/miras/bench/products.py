@@ -148,7 +148,7 @@ class _Block:
     def __init__(self, design: Design, batch: int, heads: int, factors: Sequence[Factor]) -> None:
         assert design.retention is not None
         self.design, self.batch, self.heads, self.factors = design, batch, heads, factors
-        self.identity = design.retention.identity
+        self.identity, self.scales = design.retention.identity, design.retention.scales
         self.settles = design.retention.settles or design.learning.settles
 
     def products(self, run: Run, path: str) -> list[Product]:
@@ -203,20 +203,21 @@ class _Block:
 
     def _read(self, run: Run) -> Iterator[Product]:
         rows, b, slots = run.blocks * self.batch * self.heads, run.length, self.design.learning.slots
+        tangent = self.design.link_at == "refresh" and not self.identity
+        formed = not (tangent or self.identity or (self.scales and b > 1))
         for f in self.factors:
             gradients = 1 if f.constant else 2
-            if not self.identity and self.design.link_at == "token":
+            if formed:
                 yield Product(rows * b, f.d_in, b, f.d_out)
                 yield Product(rows * b, 1, f.d_in, f.d_out, 1, gradients)
             else:
-                if not self.identity:
+                if tangent:
                     yield Product(rows, b, f.d_in, f.d_out, 1, gradients)
                 elif self.design.anchor == "initial":
                     yield Product(self.heads, run.blocks * self.batch * b, f.d_in, f.d_out, 1, gradients)
                 yield Product(rows, b, f.d_in, f.d_out, slots, gradients)
                 yield Product(rows, b, f.d_in, b, 1, 0 if f.constant else 2)
                 yield Product(rows, b, b, f.d_out)
-            tangent = self.design.link_at == "refresh" and not self.identity
             if run.ends and (self.settles or tangent):
                 yield Product(rows, 1, f.d_in, f.d_out, 1, gradients)
 

@@ -29,7 +29,7 @@ from miras.engine.errors import (
 )
 from miras.engine.problem import MemoryState, Problem
 from miras.memory import Linear, WeightShape
-from miras.system import System
+from miras.system import System, decayed
 
 Stacked = dict[str, tuple[list[Tensor], Factors]]
 """Per weight the slots [n, B, H, d_in, d_out] at the start of every block, and the factors of its steps."""
@@ -132,11 +132,11 @@ class _RunScan:
         self.log_decay = log_decay.mT if per_channel else log_decay
         read = {gate.name: gates[gate.name] for gate in self.design.learning.gates}
         read = {name: x.unsqueeze(-2) for name, x in read.items()} if per_channel else read
-        self.system = self.design.learning.system(self.log_decay, read)
+        self.system, self.read_gates = self.design.learning.system(self.log_decay, read), read
         self.moving = path in ("triangular", "substituted")
         if self.moving:
-            decayed = self.design.gradient_at == "decayed"
-            self.mix_before, self.carry_before = self.system.before(self.log_decay if decayed else None)
+            at_decayed = self.design.gradient_at == "decayed"
+            self.mix_before, self.carry_before = self.system.before(self.log_decay if at_decayed else None)
         # Where the weights at a window end differ from what the block's own read-out formula says.
         settles = self.retention.settles or self.design.learning.settles
         tangent = self.design.link_at == "refresh" and not self.retention.identity
@@ -257,6 +257,8 @@ class _RunScan:
             linear = self._plain_reader(stacked)
         elif self.design.link_at == "refresh":
             linear = self._tangent_reader(stacked, {name: _stacked([p[name] for p in points]) for name in self.shapes})
+        elif self.retention.scales and self.run.length > 1:
+            linear = self._scaled_reader(stacked)
         else:
             linear = self._token_reader(stacked)
         out = self.memory(q, linear, self.problem.slow)
@@ -288,6 +290,28 @@ class _RunScan:
             return h @ offsets[name] + slopes[name] * self._deviation(name, h, stacked)
 
         return linear
+
+    def _scaled_reader(self, stacked: Stacked) -> Linear:
+        """tangent(A_t) A_t: the product with A_t that the factors give, times one number a token."""
+        scales = {name: self._scales(name, *stacked[name]) for name in self.shapes}
+        plain = self._plain_reader(stacked)
+        return lambda name, h: scales[name] * plain(name, h)
+
+    def _scales(self, name: str, slots: list[Tensor], factors: Factors) -> Tensor:
+        """tangent(A_t) after every step of the blocks, [n, B, H, b, 1], by the learning's own steps.
+
+        There are only products of coordinates and sums between them: compiled, one loop that writes no A_t.
+        """
+        shape, z = self.shapes[name], tuple(slots)
+        decays = _by_step(decayed(self.log_decay), shape, factors.x.dim())
+        gates = {gate: _by_step(x, shape, factors.x.dim()) for gate, x in self.read_gates.items()}
+        scales: list[Tensor] = []
+        for t, decay in enumerate(decays):
+            u = factors.x[..., t, :].unsqueeze(-1) * factors.g[..., t, :].unsqueeze(-2)
+            z = self.design.learning.step(z, u, decay, {gate: x[t] for gate, x in gates.items()})
+            dual = self.anchor[name] + z[0]
+            scales.append(self.retention.tangent(dual, dual))
+        return torch.cat(scales, dim=-2)
 
     def _token_reader(self, stacked: Stacked) -> Linear:
         """link(A_t), with every A_t of the block formed: [n, B, H, b, d_in, d_out]."""
@@ -347,6 +371,17 @@ def spread(gate: Tensor, shape: WeightShape) -> Tensor:
     if gate.dim() == 2:
         return gate[..., None, None]
     return gate.unsqueeze(-1) if shape.channel_axis == 0 else gate.unsqueeze(-2)
+
+
+def _by_step(gates: Tensor, shape: WeightShape, dims: int) -> Sequence[Tensor]:
+    """Gates [..., b] a head or, where they have all `dims`, [..., C, b] a channel, at every step against a weight.
+
+    One a head is repeated for each row, so that its gradient is summed along rows first, in one loop with all others.
+    """
+    if gates.dim() < dims:
+        rows = gates.unsqueeze(-2).expand(*gates.shape[:-1], shape.d_in, gates.shape[-1])
+        return rows.unsqueeze(-2).unbind(-1)
+    return gates.unsqueeze(-2 if shape.channel_axis == 0 else -3).unbind(-1)
 
 
 def written(factors: Factors, write: Tensor, shape: WeightShape) -> Tensor:

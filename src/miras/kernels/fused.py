@@ -114,7 +114,7 @@ def unfit(design: Design) -> str | None:
     assert design.memory is not None and design.retention is not None
     if design.memory.linear and design.refresh > 1:
         return f"memory {design.memory.kind} is linear: it has little between its products to fuse"
-    if design.link_at == "token" and not design.retention.identity:
+    if design.link_at == "token" and not (design.retention.identity or design.retention.scales):
         return f"retention {design.retention.kind} is linked at every token, which forms weights a token"
     if design.refresh > MAX_WINDOW:
         return f"refresh={design.refresh}: windows of more than {MAX_WINDOW} steps are not compiled as a whole"
