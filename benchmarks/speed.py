@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from miras.bench import Measurement, Results, markdown
@@ -24,14 +24,14 @@ ALL = "--peers floor,ttt-mlp,titans-pytorch,sdpa"
 SECTIONS: dict[str, tuple[str, str]] = {
     "plain": (
         "MLP 64->256->64, L2, gradient descent (Titans without momentum)",
-        f"{PLAIN} --refresh 16,64 {ALL} --repeats 3",
+        f"{PLAIN} --refresh 16,64 --path frozen {ALL} --repeats 3",
     ),
     "momentum": ("The same with momentum (Titans)", "titans_lmm --refresh 16,64 --peers floor --repeats 3"),
     "yaad": ("Yaad", "yaad --peers floor"),
     "moneta": ("Moneta", "moneta --peers floor"),
     "memora": ("Memora", "memora --peers floor"),
     "refresh1": ("Exact online: refresh 1", f"{PLAIN} --refresh 1 --peers floor --repeats 3"),
-    "delta": ("Gated DeltaNet", "gated_deltanet --peers floor,sdpa"),
+    "delta": ("Gated DeltaNet", "gated_deltanet --peers floor,delta-rule,sdpa"),
     "link_refresh": ("Moneta's link at window ends, 512 tokens", "moneta --tokens 512 --peers floor"),
     "link_token": ("Moneta's link at every token, 512 tokens", "moneta link_at=token --tokens 512 --peers floor"),
     "scaling": (
@@ -52,9 +52,7 @@ def measured(arguments: str, threads: int, file: Path) -> Results:
     """The figures of a section, from its command unless they are there already."""
     if not file.exists():
         command = [sys.executable, "-m", "miras.cli", "bench", *shlex.split(arguments)]
-        # Threads that spin while they wait take the cores from one another where other work shares them.
-        environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-        subprocess.run([*command, "--threads", str(threads), "--json", str(file)], check=True, env=environment)
+        subprocess.run([*command, "--threads", str(threads), "--json", str(file)], check=True)
     return Results.from_dict(json.loads(file.read_text()))
 
 
@@ -84,9 +82,19 @@ def summary(found: dict[str, Results]) -> list[tuple[str, Measurement, Measureme
     ours = pick(plain, "miras", 16)
     rows.append(("momentum / plain descent, refresh 16 *", pick(found["momentum"], "miras", 16), ours))
     rows.append(("refresh 1 / refresh 16 *", pick(found["refresh1"], "miras"), ours))
+    delta = found["delta"]
+    rows.append(("gated delta rule / its triangular form in torch", pick(delta, "miras"), pick(delta, "delta-rule")))
     links = [pick(found[name], "miras") for name in ("link_token", "link_refresh")]
     rows.append(("Moneta's link at every token / at window ends *", *links))
     return rows
+
+
+def memory(found: dict[str, Results]) -> Iterator[tuple[str, float, float]]:
+    """Named pairs of peak memory, in bytes."""
+    for refresh in (16, 64):
+        eager, ours = (pick(found["plain"], name, refresh).peak_bytes for name in ("frozen", "miras"))
+        assert eager is not None and ours is not None
+        yield f"eager autograd / ours, refresh {refresh}", eager, ours
 
 
 def page(found: dict[str, Results], threads: int) -> str:
@@ -106,13 +114,16 @@ def page(found: dict[str, Results], threads: int) -> str:
     for name, over, under in summary(found):
         lowest = min(over.seconds) / min(under.seconds)
         lines.append(f"| {name} | {over.median / under.median:.2f} | {lowest:.2f} |")
-    lines += ["", "\\* from two sections, which ran one after the other under different loads."]
+    lines += ["", "\\* from two sections, which ran one after the other.", "", "Peak memory, forward + backward:", ""]
+    lines += [
+        f"- {name}: {over / under:.1f} ({over / 1e6:.0f} and {under / 1e6:.0f} MB)" for name, over, under in memory(found)
+    ]
     for name, (heading, arguments) in SECTIONS.items():
         lines += [
             "",
             f"## {heading}",
             "",
-            f"    OMP_WAIT_POLICY=passive miras bench {arguments} --threads {threads}",
+            f"    miras bench {arguments} --threads {threads}",
             "",
             markdown(found[name]),
         ]
@@ -127,10 +138,12 @@ cores: read ratios within a section, and their spread. The page is written by
 
     python benchmarks/speed.py --out docs/results/speed.md
 
-- `miras` is our default path; `floor` the same matrix products alone (`torch.bmm` on reused operands; with a backward pass
-  two more a product, and the forward ones once more, as if recomputed); `ttt-mlp` the published formulation of TTT-MLP,
+- `miras` is our default path; `frozen` our path block by block in eager PyTorch; `floor` the same matrix products alone
+  (`torch.bmm` on reused operands; with a backward pass two more a product, and the forward ones once more, as if
+  recomputed); `ttt-mlp` the published formulation of TTT-MLP,
   written anew in `src/miras/bench/ttt_mlp.py`; `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the
   refresh (one rate and decay a chunk: coarser, and much faster, than one a token), without its projections of q, k and v;
+  `delta-rule` the gated delta rule by triangular solves in plain torch, `src/miras/bench/delta_rule.py`;
   `sdpa` PyTorch's causal attention.
 - ms: median of the repeats, then the lowest and the highest. tokens/s: all sequences together. GFLOP/s: matrix products
   only, nothing counted twice (the floor's: all that it computes); `of GEMM` divides by the floor's rate. peak MB: resident
