@@ -139,8 +139,8 @@ def cautions(results: Results) -> list[str]:
         )
     if study.search.seeds is not None and study.search.seeds < seeds:
         notes.append(
-            f"Of each model's settings, the best on validation draws of the first {study.search.seeds} of the seeds went on "
-            "to the others."
+            f"Of each model's settings, the one that was best on validation draws went on from {study.search.seeds} to all "
+            f"{seeds} seeds."
         )
     least = smallest_p(seeds, study.statistics)
     if study.baselines and seeds > 1 and least > 1 - study.statistics.confidence:
