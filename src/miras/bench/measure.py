@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -22,6 +23,7 @@ import torch
 
 from miras.bench.case import DECODED, Case
 from miras.bench.contenders import Contender, Work
+from miras.bench.delta_rule import BLOCK
 from miras.choice import require
 from miras.train.callbacks import peak_memory as process_peak
 from miras.train.callbacks import reset_peak_memory
@@ -200,7 +202,8 @@ def _fresh() -> BaseContext:
 def _peak(contender: Contender, case: Case, mode: str, threads: int) -> int:
     """In the fresh process: a short repeat first, so that what a library allocates once is not counted."""
     torch.set_num_threads(threads)
-    contender.work(replace(case, tokens=min(case.tokens, 2 * case.design.refresh)), mode)()
+    short = 2 * math.lcm(case.design.refresh, BLOCK)
+    contender.work(replace(case, tokens=min(case.tokens, short)), mode)()
     work = contender.work(case, mode)
     gc.collect()
     _release()

@@ -67,13 +67,13 @@ def compiled_graph(
     """The same, where there is nothing else to do: raises whatever the tracer or the compiler does."""
     with torch.no_grad():
         traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)), dict(table or {}))(*examples)
-        if table:
-            # What stands in for an operation may lay its result out otherwise, where a view would be none.
-            for node in traced.graph.nodes:
-                if node.target in VIEWS:
-                    node.target = torch.ops.aten.reshape.default
         traced.graph.eliminate_dead_code()
         _turn_products(traced.graph)
+        # What was turned, or stands in for an operation of the table, is laid out otherwise than the tracer saw, and what
+        # was a view of the one may be none of the other.
+        for node in traced.graph.nodes:
+            if node.target in VIEWS:
+                node.target = torch.ops.aten.reshape.default
         traced.recompile()
         if not compiled:
             return traced
