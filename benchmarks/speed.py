@@ -32,8 +32,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "memora": ("Memora", "memora --peers floor"),
     "refresh1": ("Exact online: refresh 1", f"{PLAIN} --refresh 1 --peers floor --repeats 3"),
     "delta": ("Gated DeltaNet", "gated_deltanet --peers floor,delta-rule,sdpa"),
-    "link_refresh": ("Moneta's link at window ends, 512 tokens", "moneta --tokens 512 --peers floor"),
-    "link_token": ("Moneta's link at every token, 512 tokens", "moneta link_at=token --tokens 512 --peers floor"),
+    "link_token": ("Moneta's link at every token", "moneta link_at=token --mode forward+backward --peers floor --repeats 3"),
     "scaling": (
         "Sequence length",
         f"{PLAIN} --refresh 64 --tokens 2048,4096,8192,16384 --mode forward+backward --peers sdpa --repeats 3 --no-memory",
@@ -84,7 +83,7 @@ def summary(found: dict[str, Results]) -> list[tuple[str, Measurement, Measureme
     rows.append(("refresh 1 / refresh 16 *", pick(found["refresh1"], "miras"), ours))
     delta = found["delta"]
     rows.append(("gated delta rule / its triangular form in torch", pick(delta, "miras"), pick(delta, "delta-rule")))
-    links = [pick(found[name], "miras") for name in ("link_token", "link_refresh")]
+    links = [pick(found[name], "miras") for name in ("link_token", "moneta")]
     rows.append(("Moneta's link at every token / at window ends *", *links))
     return rows
 

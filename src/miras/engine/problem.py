@@ -289,7 +289,7 @@ def check_values(
     """NaN and infinity anywhere, negative rates, positive log-decays, gates out of range. Raises ValueError."""
     named = {"q": q, "k": k, "v": v, "lr": lr, "log_decay": log_decay, **weights, **gates}
     for name, x in named.items():
-        if x is not None and not bool(torch.isfinite(x).all()):
+        if x is not None and not _finite(x):
             raise ValueError(f"{name} holds NaN or infinite numbers ({int((~torch.isfinite(x)).sum())} of {x.numel()})")
     if lr is not None and bool((lr < 0).any()):
         raise ValueError(f"lr holds negative rates (smallest {float(lr.detach().min()):g}); eta must be >= 0")
@@ -305,6 +305,11 @@ def check_values(
             gate.minimum <= low and high <= gate.maximum,
             f"gate {gate.name!r} lies in [{low:g}, {high:g}]; allowed: [{gate.minimum:g}, {gate.maximum:g}]",
         )
+
+
+def _finite(x: Tensor) -> bool:
+    """Whether all numbers are finite: one quick pass where their sum is, since none of them can then be infinite or NaN."""
+    return bool(torch.isfinite(x.detach().sum())) or bool(torch.isfinite(x).all())
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, design: Design) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from miras.design import Design
 from miras.engine.chunk import Slots, run_blocks, run_chunks
 from miras.engine.problem import MemoryState, Problem
-from miras.kernels.graph import Graph, Spec, Untraceable, examples_of, graph_of, made, specs_of
+from miras.kernels.graph import Graph, Spec, Table, Untraceable, examples_of, graph_of, made, specs_of
 from miras.memory import WeightShape
 
 STEP_LENGTH = 16
@@ -234,6 +234,16 @@ class _Scan(torch.autograd.Function):
         return (None, *(next(grads) if need else None for need in needed), *carried)
 
 
+def _running_sum(x: Tensor, dim: int) -> Tensor:
+    """`cumsum` as a masked sum, which is compiled with what surrounds it; of the steps of a window, so of few numbers."""
+    x = x.movedim(dim, -1)
+    past = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).tril()
+    return torch.where(past, x.unsqueeze(-2), 0.0).sum(-1).movedim(-1, dim)
+
+
+FUSED: Table = {torch.ops.aten.cumsum.default: _running_sum}
+
+
 def _needed(ctx: Any, step: Step) -> tuple[bool, ...]:
     """Which inputs need a gradient."""
     return tuple(ctx.needs_input_grad[1 : 1 + step.num_inputs])
@@ -254,7 +264,7 @@ def _steps(sequences: Sequence[Tensor], length: int) -> list[tuple[Tensor, ...]]
 @functools.lru_cache(maxsize=64)
 def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph | Untraceable:
     """The step as a graph of tensor operations, or why there is none (kept too, so that it is tried once)."""
-    return graph_of(step, examples_of(specs), step.compiled)
+    return graph_of(step, examples_of(specs), step.compiled, FUSED)
 
 
 @functools.lru_cache(maxsize=64)
@@ -279,4 +289,4 @@ def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...
         grads = [torch.zeros_like(x) for x in step(*examples)]
         shared, wanted = examples[step.num_sequences : step.num_inputs], needed[step.num_sequences :]
         totals = [torch.zeros_like(x) for x, need in zip(shared, wanted, strict=True) if need]
-        return graph_of(pull, [*examples, *grads, *totals], step.compiled)
+        return graph_of(pull, [*examples, *grads, *totals], step.compiled, FUSED)
