@@ -161,6 +161,13 @@ def test_peak_memory_is_that_of_one_repeat() -> None:
     assert 4 * 4 * 4096 * 8 * 64 <= found <= 1.5 * 4 * 4 * 4096 * 8 * 64 + 2**24
 
 
+@pytest.mark.slow
+def test_peak_memory_warms_up_on_whole_blocks() -> None:
+    """Also of a peer whose blocks are longer than the design's windows."""
+    case = Case("", named_design("gated_deltanet"), batch=1, tokens=128, heads=2, head_dim=16)
+    assert peak_memory(PEERS["delta-rule"], case, "forward") is not None
+
+
 @pytest.mark.parametrize(("tokens", "suffix"), [("8", "png"), ("4,8", "svg")])
 def test_command(tmp_path: Path, tokens: str, suffix: str) -> None:
     file, plot = tmp_path / "b.json", tmp_path / f"b.{suffix}"

@@ -150,6 +150,11 @@ def test_refused(name: str) -> None:
         run(problem)
 
 
+def test_numbers_with_an_infinite_sum_are_numbers() -> None:
+    out, _ = run(changed(YAAD, v=lambda v: torch.full_like(v, 1e308)))
+    assert out.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("bounds", "batch", "message"),
     [

@@ -67,6 +67,14 @@ def test_equals_reference(name: str) -> None:
     assert_same(outcome(problem, path="fused"), outcome(problem, path="reference"))
 
 
+@pytest.mark.usefixtures("small")
+def test_rates_and_decays_per_channel() -> None:
+    """Products are turned here of which views are taken afterwards."""
+    bare = memory.MLP(2, 1.5, "tanh", residual=False, norm=None)
+    problem = problem_of(replace(PLAIN, memory=bare, retention=retention.LqRms(3.5, 0.7)), rate="channel", decay="channel")
+    assert_same(outcome(problem, path="fused"), outcome(problem, path="reference"))
+
+
 def test_several_windows_a_step() -> None:
     problem = problem_of(PLAIN, tokens=35)
     assert_same(outcome(problem, path="fused"), outcome(problem, path="reference"))

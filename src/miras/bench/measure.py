@@ -202,7 +202,7 @@ def _fresh() -> BaseContext:
 def _peak(contender: Contender, case: Case, mode: str, threads: int) -> int:
     """In the fresh process: a short repeat first, so that what a library allocates once is not counted."""
     torch.set_num_threads(threads)
-    short = 2 * math.lcm(case.design.refresh, BLOCK)
+    short = 2 * math.lcm(case.design.refresh, BLOCK)  # whole windows, and whole blocks of the peer that has its own
     contender.work(replace(case, tokens=min(case.tokens, short)), mode)()
     work = contender.work(case, mode)
     gc.collect()
