@@ -152,7 +152,7 @@ def settings_table(results: Results) -> Table | None:
             *([cell.size] if results.study.sizes else []),
             cell.model,
             cell.label,
-            "failed" if cell.score is None else f"{cell.score:.4g}",
+            "not all done" if cell.score is None else f"{cell.score:.4g}",
             _estimate(results.estimate(cell.values(results.task(cell.task).metric))),
             f"{len(cell.done)} of {len(cell.runs)}",
         ]
