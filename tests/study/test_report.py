@@ -17,7 +17,7 @@ from miras.study.results import Results, collect
 from miras.study.run import Row
 from miras.study.search import batches
 from miras.study.store import Store
-from miras.study.tables import Table, ablation_table, comparison_table, condition_tables, main_table
+from miras.study.tables import Table, ablation_table, changed_tables, comparison_table, condition_tables, main_table
 from tests.study.conftest import raw_study
 
 ACCURACY = {"Delta": 0.5, "Transformer": 0.4, "Delta: no gate": 0.3}
@@ -36,8 +36,14 @@ def made_up(planned: Planned, failed: bool) -> Row:
         for name, drop in (("", 0), ("12 tokens", 0.3 if planned.model == "Transformer" else 0.2))
     ]
     tests += [
-        {"condition": "", "settings": item["settings"], "metrics": {"accuracy": tested, "deviation": 0.25}, "count": 8}
+        {
+            "condition": name,
+            "settings": item["settings"],
+            "metrics": {"accuracy": tested, "deviation": deviation},
+            "count": 8,
+        }
         for item in planned.run.evaluate
+        for name, deviation in (("", 0.25), ("12 tokens", 0.5))
     ]
     return Row(
         planned.run.key,
@@ -208,6 +214,14 @@ def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -
     assert write_study_report(study, "miras study some.yaml")[0].read_text() == page
 
 
+def test_runs_with_other_settings_have_a_table_for_every_condition(results: Results) -> None:
+    found = {table.title: table for table in changed_tables(results)}
+    assert [title.partition(": ")[2] for title in found] == ["accuracy at run time", "deviation at run time"] * 2
+    for title, deviation in (("echo", "0.250"), ("echo, 12 tokens", "0.500")):
+        row = found[f"{title}: deviation at run time"].rows[0]
+        assert all(cell.startswith(deviation) for cell in row[2:])
+
+
 def test_every_figure_is_in_the_table_of_results(study: Study) -> None:
     page, _ = write_study_report(study, "command")
     with (page.parent / "results.csv").open(newline="") as file:
@@ -216,7 +230,7 @@ def test_every_figure_is_in_the_table_of_results(study: Study) -> None:
         line
         for line in lines
         if (line["size"], line["model"], line["setting"], line["seed"]) == ("small", "Delta", "lr 0.01", "1")
-        and line["condition"] == "12 tokens"
+        and (line["condition"], line["changed"]) == ("12 tokens", "")
     ]
     assert (longer["metric"], longer["value"], longer["parameters"], longer["status"]) == (
         "accuracy",

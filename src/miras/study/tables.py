@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from miras.study.plan import shown
 from miras.study.results import Cell, Results
@@ -117,29 +118,40 @@ def condition_tables(results: Results) -> list[Table]:
 
 
 def changed_tables(results: Results) -> list[Table]:
-    """For each task: trained models run with other settings, and by how much that changes their outputs."""
+    """For each task and condition: trained models run with other settings, and by how much that changes their outputs."""
     found: list[Table] = []
     for task in results.study.tasks:
         cells = [cell for cell in results.cells if cell.task == task and any(run.run.evaluate for run in cell.runs.values())]
         settings = [item["settings"] for cell in cells for run in cell.runs.values() for item in run.run.evaluate]
         settings = list({shown(setting.items()): setting for setting in settings}.items())
-        for metric in (results.task(task).metric, "deviation") if settings else ():
-            rows = [
-                [
-                    " ".join(part for part in (cell.model, cell.size) if part),
-                    cell.label,
-                    *(_estimate(results.estimate(cell.values(metric, None, setting))) for _, setting in settings),
-                ]
-                for cell in cells
-            ]
-            note = (
-                f"How far outputs are from those with {settings[0][0]}: |o - o'| / |o'|, norms over all positions."
-                if metric == "deviation"
-                else "The trained model, run with other settings than it was trained with."
-            )
-            headings = ["model", "trained with", *(f"run with {name}" for name, _ in settings)]
-            found.append(Table(f"{task}: {metric} at run time", note, headings, rows, left=frozenset({0, 1})))
+        if not settings:
+            continue
+        for condition in dict.fromkeys(name for cell in cells for name in cell.conditions):
+            for metric in (results.task(task).metric, "deviation"):
+                found.append(_changed_table(results, cells, settings, metric, condition))
     return found
+
+
+def _changed_table(
+    results: Results, cells: list[Cell], settings: list[tuple[str, dict[str, Any]]], metric: str, condition: str
+) -> Table:
+    """A metric under one condition: trained settings by those of the run, which come with their names."""
+    rows = [
+        [
+            " ".join(part for part in (cell.model, cell.size) if part),
+            cell.label,
+            *(_estimate(results.estimate(cell.values(metric, condition, setting))) for _, setting in settings),
+        ]
+        for cell in cells
+    ]
+    note = (
+        f"How far outputs are from those with {settings[0][0]}: |o - o'| / |o'|, norms over all positions."
+        if metric == "deviation"
+        else "The trained model, run with other settings than it was trained with."
+    )
+    headings = ["model", "trained with", *(f"run with {name}" for name, _ in settings)]
+    place = ", ".join(part for part in (cells[0].task, condition) if part)
+    return Table(f"{place}: {metric} at run time", note, headings, rows, left=frozenset({0, 1}))
 
 
 def settings_table(results: Results) -> Table | None:
