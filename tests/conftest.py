@@ -23,6 +23,14 @@ def poisoned_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quickly_built() -> Iterator[None]:
+    """Native programs are built with few optimisations, which take the compiler long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MIRAS_CXXFLAGS", "-O1")
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """The same random numbers whatever ran before."""

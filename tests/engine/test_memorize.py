@@ -14,7 +14,7 @@ import miras
 from miras import bias, learning, memory, models, retention
 from miras.design import Design
 from miras.engine import AttentionState, MemoryState
-from miras.kernels import fused
+from miras.kernels import fused, native
 from tests.problems import Problem, assert_close, differentiable, random_problem, run, sliced
 
 YAAD = Design(memory.MLP(2, 2.0), bias.Huber("norm"), retention.L2(), learning.GradientDescent(), refresh=4)
@@ -220,7 +220,7 @@ def test_refused_paths() -> None:
     }
     for path, reason in refusals.items():
         with pytest.raises(
-            ValueError, match=rf"path='{path}' refuses this design: .*{reason}.*able: fused, frozen, reference"
+            ValueError, match=rf"path='{path}' refuses this design: .*{reason}.*able: native, fused, frozen, reference"
         ):
             run(problem, path=path)
     with pytest.raises(ValueError, match="no fast weights; able: attention"):
@@ -242,28 +242,33 @@ class Listed(bias.L2):
 
 
 EXPLAINED = {
-    "triangular": (DELTA, {"attention", "frozen"}),
-    "substituted": (replace(YAAD, refresh=1, bias=Listed([1.0])), {"attention", "triangular", "fused", "frozen"}),
-    "fused": (YAAD, {"attention", "triangular", "substituted", "recurrent"}),
+    "native": (YAAD, {"attention", "triangular", "substituted", "recurrent"}),
+    "triangular": (replace(DELTA, bias=bias.Dot()), {"attention", "native", "frozen"}),
+    "substituted": (replace(YAAD, refresh=1, bias=Listed([1.0])), {"attention", "native", "triangular", "fused", "frozen"}),
+    "fused": (
+        replace(YAAD, retention=retention.LqRms(), link_at="token"),
+        {"attention", "native", "triangular", "substituted", "recurrent"},
+    ),
     "frozen": (
-        replace(YAAD, memory=memory.Matrix()),
-        {"attention", "triangular", "substituted", "fused", "recurrent"},
+        replace(YAAD, memory=memory.Matrix(), bias=Listed([1.0])),
+        {"attention", "native", "triangular", "substituted", "fused", "recurrent"},
     ),
     "recurrent": (
-        replace(YAAD, refresh=1, retention=retention.KL()),
-        {"attention", "triangular", "substituted", "fused", "frozen"},
+        replace(YAAD, refresh=1, retention=retention.KL(), bias=Listed([1.0])),
+        {"attention", "native", "triangular", "substituted", "fused", "frozen"},
     ),
     "reference": (
         replace(YAAD, learning=StepByStep()),
-        {"attention", "triangular", "substituted", "fused", "frozen", "recurrent"},
+        {"attention", "native", "triangular", "substituted", "fused", "frozen", "recurrent"},
     ),
-    "attention": (ATTENTION, {"triangular", "substituted", "fused", "frozen", "recurrent", "reference"}),
+    "attention": (ATTENTION, {"native", "triangular", "substituted", "fused", "frozen", "recurrent", "reference"}),
 }
 
 
 @pytest.mark.parametrize("path", EXPLAINED)
 def test_explain(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "has_compiler", lambda: True)
+    monkeypatch.setattr(native, "compiler", lambda: "g++")
     design, refused = EXPLAINED[path]
     found = miras.explain(design, device="cpu", dtype=torch.bfloat16)
     assert found.path == path

@@ -13,7 +13,7 @@ import miras
 from miras import bias, learning, memory, retention
 from miras.design import Design
 from miras.engine import MemoryState
-from miras.kernels import fused
+from miras.kernels import fused, native
 from tests.problems import (
     Problem,
     assert_close,
@@ -47,6 +47,12 @@ DESIGNS = {
     "settling": replace(PLAIN, learning=learning.Muon(2)),
     "windows of two blocks": replace(PLAIN, refresh=6),
 }
+
+
+@pytest.fixture(autouse=True)
+def not_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or that path would be taken first."""
+    monkeypatch.setattr(native, "compiler", lambda: None)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import Tensor
 import miras
 from miras import bias, learning, memory, retention
 from miras.design import Design
-from miras.kernels import fused, online
+from miras.kernels import fused, native, online
 from tests.problems import (
     Problem,
     assert_close,
@@ -56,6 +56,12 @@ DESIGNS = {
     "gated": replace(PLAIN, memory=memory.GatedMLP(1.5)),
     "a matrix with a general bias": replace(PLAIN, memory=memory.Matrix(), bias=bias.Envelope(bias.Robust())),
 }
+
+
+@pytest.fixture(autouse=True)
+def not_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or that path would be taken first."""
+    monkeypatch.setattr(native, "compiler", lambda: None)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 import miras
 from miras import bias, learning, memory, retention
 from miras.design import Design
-from miras.kernels import scan
+from miras.kernels import triton
 from tests.problems import random_problem, run
 
 CASES = Path(__file__).with_name("triton_cases.py")
@@ -51,7 +51,7 @@ class StepByStep(learning.GradientDescent):
 
 
 def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scan, "interpreted", lambda: False)
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
     cuda = torch.device("cuda")
 
     def refused(design: Design = PLAIN, device: torch.device = cuda, **facts: Any) -> str:
@@ -67,13 +67,13 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert miras.engine.plan(PLAIN, "triton", device=cuda).path == "triton"
     with pytest.raises(ValueError, match="path='triton' refuses this design: it needs a CUDA device, not cpu"):
         run(random_problem(PLAIN), path="triton")
-    monkeypatch.setattr(scan.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
     assert "triton is not installed" in refused()
 
 
 def test_blocks_fit_the_window() -> None:
     problem = random_problem(PLAIN)
-    assert scan.unfit(PLAIN, (16, 16)) is None
+    assert triton.unfit(PLAIN, (16, 16)) is None
     wide = replace(PLAIN, memory=memory.MLP(2, 64.0))
     cases = [(PLAIN, *x) for x in ((1, 1), (8, 1), (16, 16), (48, 16), (96, 32), (64, 64), (256, 64))]
     for design, refresh, length in (*cases, (wide, 64, 16)):
@@ -82,4 +82,4 @@ def test_blocks_fit_the_window() -> None:
         built = miras.engine.problem.Problem(
             replace(design, refresh=refresh), **tensors, gates={}, weights=problem["weights"], slow={}, shapes=shapes
         )
-        assert scan.block_length(built) == length
+        assert triton.TritonPrograms("float64").block_length(built) == length

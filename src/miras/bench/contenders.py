@@ -20,7 +20,7 @@ from miras.bench.ttt_mlp import ttt_mlp
 from miras.choice import require_one_of
 from miras.engine import PATHS, memorize, plan
 from miras.engine.dispatch import refusal
-from miras.kernels.scan import unusable
+from miras.kernels.triton import unusable
 from miras.learning import Momentum
 from miras.memory import NORM_EPS
 

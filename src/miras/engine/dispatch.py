@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from miras.engine.chunk import run_chunks
 from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
-from miras.kernels import fla_ops, scan
+from miras.kernels import fla_ops, native, triton
 from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
 from miras.kernels.graph import Untraceable
 from miras.kernels.online import run_online
+from miras.kernels.scan import run_scan
 
-PATHS = ("attention", "fla", "triton", "triangular", "fused", "substituted", "frozen", "recurrent", "reference")
+PATHS = ("attention", "fla", "triton", "native", "triangular", "fused", "substituted", "frozen", "recurrent", "reference")
 """Every path, fastest first; all that accept a design give the same results."""
 
 TILES = {"triangular": 64, "substituted": 32, "fused": 64, "frozen": 64, "recurrent": 1}
@@ -57,7 +59,9 @@ def refusal(path: str, design: Design, widths: tuple[int, int] | None = None) ->
     if not design.learning.linear:
         return f"learning {design.learning.kind} gives no block matrices"
     if path == "triton":
-        return scan.unfit(design, widths)
+        return triton.unfit(design, widths)
+    if path == "native":
+        return native.unfit(design)
     settles = design.retention.settles or design.learning.settles
     if path == "fused":
         return unfit(design) if design.refresh > 1 else refusal("substituted", design) or unfit(design)
@@ -88,12 +92,14 @@ def plan(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     work: int | None = None,
+    rows: int | None = None,
     packed: bool = False,
     widths: tuple[int, int] | None = None,
 ) -> Plan:
     """Choose the first path that accepts the design and pays for `work` (see `work_of`), or check the one asked for.
 
-    `device` and `dtype` are those of the inputs, `widths` those of keys and values, as far as they are known.
+    `device` and `dtype` are those of the inputs, `widths` those of keys and values, `rows` is the number of sequences and
+    heads, as far as they are known.
 
     Raises:
         ValueError: unknown path, or one that refuses the design.
@@ -102,10 +108,13 @@ def plan(
     refusals = {name: reason for name in PATHS if (reason := refusal(name, design, widths)) is not None}
     if (reason := fla_ops.unavailable(device, dtype, widths)) is not None:
         refusals.setdefault("fla", reason)
-    if (reason := scan.unusable(device)) is not None:
-        refusals.setdefault("triton", reason)
+    for name, unusable in (("triton", triton.unusable), ("native", native.unusable)):
+        if (reason := unusable(device)) is not None:
+            refusals.setdefault(name, reason)
     if path is None:
-        refusals.setdefault("triton", scan.UNMEASURED)
+        refusals.setdefault("triton", triton.UNMEASURED)
+        if design.parametric and (reason := native.unprofitable(design, work, rows, per_channel=per_channel)) is not None:
+            refusals.setdefault("native", reason)
         reason = unprofitable(device, work, packed=packed, per_channel=per_channel)
         if reason is not None:
             refusals.setdefault("fused", reason)
@@ -136,9 +145,9 @@ def explain(
 ) -> Plan:
     """Which path runs a design and why the others refused; print it.
 
-    Only "fused" depends on the amount of work: what is said of it holds for long sequences, and short ones run as the next
-    path that accepts the design. "fla" and "triton" depend on the `widths` of keys and values too, and compute products of
-    half-precision inputs in half precision; every other path computes them in float32.
+    Only "native" and "fused" depend on the amount of work: what is said of them holds for long sequences of enough heads,
+    and others run as the next path that accepts the design. "fla" and "triton" depend on the `widths` of keys and values
+    too, and compute products of half-precision inputs in half precision; every other path computes them in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
@@ -193,8 +202,9 @@ def memorize(
     per_channel = any(x is not None and x.dim() == 4 for x in (lr, log_decay))
     work = work_of(design, k, v) if design.parametric else 0
     packed, widths = cu_seqlens is not None, (k.shape[-1], v.shape[-1])
-    chosen = plan(design, path, per_channel, device=k.device, dtype=k.dtype, work=work, packed=packed, widths=widths)
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    known: dict[str, Any] = {"work": work, "rows": rows * k.shape[2], "packed": packed, "widths": widths}
+    chosen = plan(design, path, per_channel, device=k.device, dtype=k.dtype, **known)
     if initial_state is not None:
         check_state(initial_state, design, rows, k, v)
     if not design.parametric:
@@ -221,8 +231,11 @@ def memorize(
         except Untraceable as error:
             if path is not None:
                 raise ValueError(f"path={path!r} cannot run this design here: {error}") from error
-            other = "substituted" if design.refresh == 1 else "frozen"
-            warnings.warn(f"path 'fused' cannot run this design here, which runs as '{other}': {error}", stacklevel=2)
+            plain = (name for name in PATHS[PATHS.index("triangular") :] if name != "fused")
+            other = next(name for name in plain if refusal(name, design, widths) is None)
+            warnings.warn(
+                f"path {chosen.path!r} cannot run this design here, which runs as '{other}': {error}", stacklevel=2
+            )
             out, state = _run(problem, plan(design, other, per_channel), past, cu_seqlens, v.dtype)
     return out.to(v.dtype), state if output_final_state else None
 
@@ -292,7 +305,10 @@ def _run(
         else:
             run = functools.partial(run_fused, tile=chosen.tile, compiled=compiled, handed=state is not None)
     elif chosen.path == "triton":
-        run = functools.partial(scan.run_scan, operands=scan.operands_of(dtype), handed=state is not None)
+        programs = triton.TritonPrograms(triton.operands_of(dtype))
+        run = functools.partial(run_scan, programs=programs, handed=state is not None)
+    elif chosen.path == "native":
+        run = functools.partial(run_scan, programs=native.NativePrograms(), handed=state is not None)
     elif chosen.path != "reference":
         run = functools.partial(run_chunks, path=chosen.path, tile=chosen.tile)
     if state is None:

@@ -28,7 +28,7 @@ from miras.design import Design
 from miras.engine.chunk import shared_product
 from miras.engine.errors import bias_gates
 from miras.engine.problem import MemoryState, Problem
-from miras.kernels.scan import interpreted
+from miras.kernels.triton import interpreted
 from miras.learning import Learning
 
 MAX_KEY_DIM = 256

@@ -137,8 +137,13 @@ def unprofitable(
         return "it has not been measured with rates or decays per channel, which take small blocks"
     if packed:
         return "packed sequences end apart, and every number of rows would be compiled anew"
+    return too_little(work, MIN_WORK)
+
+
+def too_little(work: int | None, least: int) -> str | None:
+    """Why some work does not pay for compiling where that takes at least so much, or what `compiled_from` says."""
     asked = _least_work.get()
-    least = MIN_WORK if asked is None else asked
+    least = least if asked is None else asked
     if work is not None and work < least:
         return f"{work:.1e} products of a weight and an input are not worth compiling for ({least:.1e} are)"
     return None
@@ -146,7 +151,7 @@ def unprofitable(
 
 @contextmanager
 def compiled_from(work: int | None) -> Generator[None]:
-    """Within it whatever takes at least this much `work` is compiled (None: `MIN_WORK`), for a small model's many steps."""
+    """Within it whatever takes at least this much `work` is compiled (None: as always), for a small model's many steps."""
     token = _least_work.set(work)
     try:
         yield

@@ -1,0 +1,725 @@
+"""Traced tensor operations as the statements of a C++ program on one sequence and head.
+
+    translate    a graph's nodes as loops, products and running sums over buffers; reshapes, transposes and parts are views
+    schedule     which loops run as one: those over the same numbers, none of which reads what another one turns or sums
+    write        their text; what stands between statements lies in one arena, whose places are used again
+
+Nothing here knows any choice's formula. Every number is a `real` of `native.h`; a condition is 1 or 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch.fx import Graph, Node
+
+from miras.kernels.pointwise import Untranslatable
+
+Text = Callable[..., str]
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Numbers by rows: those of the program's arguments at the pointer `name`, others where `write` puts them."""
+
+    shape: tuple[int, ...]
+    name: str = ""
+
+
+class Ref(NamedTuple):
+    """Some of a buffer's numbers, in a shape of their own."""
+
+    buffer: Buffer
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all of its numbers, in their order."""
+        return _layout(self) == _layout(whole(self.buffer))
+
+    def at(self, index: Sequence[str]) -> str:
+        """The number at an index along the axes that are not of one."""
+        strides = [s for s, n in zip(self.strides, self.shape, strict=True) if n != 1]
+        terms = [i if s == 1 else f"{i} * {s}" for i, s in zip(index, strides, strict=True) if s != 0]
+        return f"{self.buffer.name}[{' + '.join([*terms, *([str(self.offset)] if self.offset or not terms else [])])}]"
+
+
+Operand = Ref | float
+"""What an operation reads: numbers, or one number for all of them."""
+
+
+@dataclass(eq=False)
+class Loop:
+    """A number for each index of `shape`, or with `reduce` their sum ("+") or largest or smallest along `axes`.
+
+    `text` makes the number's expression of its operands'; if `indexed`, of the indices i0, i1, ... too.
+    """
+
+    out: Buffer
+    shape: tuple[int, ...]
+    operands: tuple[Operand, ...]
+    text: Text
+    reduce: str = ""
+    axes: tuple[int, ...] = ()
+    indexed: bool = False
+
+
+@dataclass(eq=False)
+class Product:
+    """out [M, N] = a [M, K] b [K, N]."""
+
+    out: Buffer
+    a: Ref
+    b: Ref
+
+    @property
+    def operands(self) -> tuple[Ref, Ref]:
+        return self.a, self.b
+
+
+@dataclass(eq=False)
+class Running:
+    """Sums of all numbers so far along one axis."""
+
+    out: Buffer
+    x: Ref
+    axis: int
+
+    @property
+    def operands(self) -> tuple[Ref]:
+        return (self.x,)
+
+
+Operation = Loop | Product | Running
+Statement = list[Loop] | Product | Running
+"""Loops that run as one, or something else."""
+
+
+def whole(buffer: Buffer) -> Ref:
+    """All of a buffer."""
+    strides = itertools.accumulate(reversed(buffer.shape[1:]), int.__mul__, initial=1)
+    return Ref(buffer, buffer.shape, tuple(reversed(list(strides))) if buffer.shape else ())
+
+
+def tile(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without its axes of one."""
+    return tuple(n for n in shape if n != 1)
+
+
+def literal(number: float) -> str:
+    """A number in C++."""
+    if math.isnan(number):
+        return "std::numeric_limits<real>::quiet_NaN()"
+    if math.isinf(number):
+        return f"{'-' if number < 0 else ''}std::numeric_limits<real>::infinity()"
+    return f"real({number!r})"
+
+
+def _call(name: str) -> Text:
+    return lambda *x: f"{name}({', '.join(x)})"
+
+
+def _compare(sign: str) -> Text:
+    return lambda x, y: f"real({x} {sign} {y})"
+
+
+def _power(x: str, exponent: str) -> str:
+    return f"pow_({x}, {exponent})"
+
+
+def _clamp(x: str, low: str = "", high: str = "") -> str:
+    x = f"max_({x}, {low})" if low else x
+    return f"min_({x}, {high})" if high else x
+
+
+POINTWISE: dict[str, Text] = {
+    "add": lambda x, y: f"({x} + {y})",
+    "sub": lambda x, y: f"({x} - {y})",
+    "mul": lambda x, y: f"({x} * {y})",
+    "div": lambda x, y: f"({x} / {y})",
+    "pow": _power,
+    "neg": lambda x: f"(-{x})",
+    "reciprocal": lambda x: f"(1 / {x})",
+    "rsqrt": lambda x: f"(1 / sqrt_({x}))",
+    "sigmoid": lambda x: f"(1 / (1 + exp_(-{x})))",
+    "sinh": lambda x: f"(real(0.5) * (exp_({x}) - exp_(-{x})))",
+    "cosh": lambda x: f"(real(0.5) * (exp_({x}) + exp_(-{x})))",
+    **{name: _call(f"{name}_") for name in ("exp", "log", "erf", "tanh", "sin", "cos", "sqrt", "abs")},
+    **dict.fromkeys(("sign", "sgn"), _call("sign_")),
+    "maximum": _call("max_"),
+    "minimum": _call("min_"),
+    "clamp": _clamp,
+    "clamp_min": lambda x, low: _clamp(x, low),
+    "clamp_max": lambda x, high: _clamp(x, "", high),
+    "softshrink_backward": lambda grad, x, width: f"(abs_({x}) > {width} ? {grad} : real(0))",
+    "where": lambda mask, x, y: f"({mask} != 0 ? {x} : {y})",
+    **{
+        name: _compare(sign)
+        for name, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="), ("eq", "=="), ("ne", "!="))
+    },
+    **dict.fromkeys(("logical_and", "bitwise_and"), lambda x, y: f"({x} * {y})"),
+    **dict.fromkeys(("logical_or", "bitwise_or"), _call("max_")),
+    **dict.fromkeys(("logical_not", "bitwise_not"), lambda x: f"(1 - {x})"),
+}
+"""Operations number by number, as expressions of their operands' texts."""
+
+
+@dataclass
+class Translation:
+    """A graph's operations in order, and what each of its nodes is."""
+
+    operations: list[Operation] = field(default_factory=list)
+    values: dict[Node, Operand] = field(default_factory=dict)
+    known: dict[tuple[object, ...], Ref] = field(default_factory=dict)
+
+    def translate(self, graph: Graph, inputs: Sequence[Buffer]) -> list[tuple[Operand, tuple[int, ...]]]:
+        """What the graph returns for its inputs, with its shapes. Raises Untranslatable."""
+        given = iter(inputs)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = whole(next(given))
+            elif node.op == "get_attr" and (constant := getattr(graph.owning_module, str(node.target))).numel() == 1:
+                self.values[node] = float(constant.item())
+            elif node.op == "call_function":
+                self.values[node] = self._value(node)
+            elif node.op != "output":
+                raise Untranslatable(f"a graph node of kind {node.op} ({node.target}) is not an operation on tensors")
+        (results,) = (node.args[0] for node in graph.nodes if node.op == "output")
+        return [(self.values[x], _shape(x)) for x in cast("tuple[Node, ...]", results)]
+
+    def _value(self, node: Node) -> Operand:
+        name = str(node.target).removeprefix("aten.").removeprefix("prims.").rpartition(".")[0]
+        if name in RULES:
+            return RULES[name](self, node)
+        if name not in POINTWISE:
+            raise Untranslatable(f"operation {node.target} has no C++ form here (see miras.kernels.cxx)")
+        if node.kwargs.get("alpha", 1) != 1:
+            raise Untranslatable(f"{node.target} with alpha={node.kwargs['alpha']}")
+        operands: list[Any] = [self.values[x] if isinstance(x, Node) else x for x in node.args]
+        numbers = [None if isinstance(x, Ref) or x is None else float(x) for x in operands]
+        folded = _folded(name, numbers)
+        if isinstance(folded, float):
+            return folded
+        if folded is not None:
+            return self.spread(operands[folded], _shape(node))
+        if name == "pow" and isinstance(operands[0], Ref) and (text := _known_power(numbers[1])) is not None:
+            return self.loop(f"pow {numbers[1]}", text, _shape(node), operands[:1])
+        absent = tuple(x is None for x in operands)
+        text = POINTWISE[name]
+        if name == "clamp" and any(absent):
+            text = (lambda x, high: _clamp(x, "", high)) if absent[1] else (lambda x, low: _clamp(x, low))
+        return self.loop(f"{name} {absent}", text, _shape(node), [x for x in operands if x is not None])
+
+    def ref(self, node: Any) -> Ref:
+        """A node's numbers, where it stood for one number too."""
+        value, shape = self.values[node], _shape(node)
+        if isinstance(value, Ref):
+            return value
+        return self.loop("fill", lambda x: x, shape, [value])
+
+    def spread(self, value: Operand, shape: tuple[int, ...]) -> Operand:
+        """A value in a shape that it broadcasts to."""
+        if not isinstance(value, Ref) or value.shape == shape:
+            return value
+        return _viewed(value, lambda x: x.expand(shape))
+
+    def loop(
+        self,
+        key: str,
+        text: Text,
+        shape: tuple[int, ...],
+        operands: Sequence[Any],
+        reduce: str = "",
+        axes: tuple[int, ...] = (),
+        indexed: bool = False,
+    ) -> Ref:
+        """A new loop over `shape`, or the result of an equal one; operands of other shapes are spread."""
+        spread = tuple(self.spread(x if isinstance(x, Ref) else float(x), shape) for x in operands)
+        name = (key, shape, spread, reduce, axes)
+        if name not in self.known:
+            out = Buffer(tuple(1 if i in axes else n for i, n in enumerate(shape)))
+            self.operations.append(Loop(out, shape, spread, text, reduce, axes, indexed))
+            self.known[name] = whole(out)
+        return self.known[name]
+
+    def copy(self, x: Ref) -> Ref:
+        """The same numbers by rows."""
+        return (
+            x
+            if x == whole(x.buffer)._replace(shape=x.shape) and x.shape == x.buffer.shape
+            else self.loop("copy", str, x.shape, [x])
+        )
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _viewed(ref: Ref, view: Callable[[torch.Tensor], torch.Tensor]) -> Ref:
+    """The view that torch makes of a tensor that lies like this one."""
+    memory = torch.empty(2**40, device="meta")
+    found = view(memory.as_strided(ref.shape, ref.strides, ref.offset))
+    return Ref(ref.buffer, tuple(found.shape), tuple(found.stride()), int(found.storage_offset()))
+
+
+def _folded(name: str, numbers: Sequence[float | None]) -> int | float | None:
+    """Which operand is the result, or which number, where it needs no arithmetic."""
+    if name == "where" and numbers[0] is not None:
+        return 1 if numbers[0] else 2
+    if name == "add" and 0 in numbers[:2]:
+        return 1 - numbers.index(0)
+    if name == "pow" and numbers[1] == 0:
+        return 1.0
+    if name == "mul" and 0 in numbers:
+        return 0.0
+    if name == "mul" and 1 in numbers:
+        return 1 - numbers.index(1)
+    if (name == "sub" and numbers[1] == 0) or (name in ("div", "pow") and numbers[1] == 1):
+        return 0
+    if name in ("neg", "div") and numbers[0] == 0:
+        return 0.0
+    return None
+
+
+def _known_power(exponent: float | None) -> Text | None:
+    if exponent == 0.5:
+        return lambda x: f"sqrt_({x})"
+    if exponent is None or exponent != int(exponent) or not 0 < abs(exponent) <= 8:
+        return None
+    count = abs(int(exponent))
+    return lambda x: f"({' * '.join([x] * count)})" if exponent > 0 else f"(1 / ({' * '.join([x] * count)}))"
+
+
+Rule = Callable[[Translation, Node], Operand]
+
+
+def _view(t: Translation, node: Node) -> Operand:
+    value = t.values[cast(Node, node.args[0])]
+    if not isinstance(value, Ref):
+        return value
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return cast(Any, node.target)(x, *node.args[1:], **node.kwargs)
+
+    if "view" in str(node.target) or "reshape" in str(node.target):
+        shape = _shape(node)
+        try:
+            return _viewed(value, lambda x: x.view(shape))
+        except RuntimeError:
+            return _viewed(t.copy(value), lambda x: x.view(shape))
+    return _viewed(value, apply)
+
+
+def _same(t: Translation, node: Node) -> Operand:
+    return t.values[cast(Node, node.args[0])]
+
+
+def _fill(t: Translation, node: Node) -> Operand:
+    name, number = str(node.target).removeprefix("aten.").partition(".")[0], node.args[-1]
+    if "ones" in name or "zeros" in name or name.startswith(("empty", "new_empty")):
+        return float("ones" in name)
+    if isinstance(number, Node):
+        return t.spread(t.values[number], _shape(node))
+    return float(cast(float, number))
+
+
+def _reduction(reduce: str, mean: bool = False) -> Rule:
+    def rule(t: Translation, node: Node) -> Operand:
+        source = cast(Node, node.args[0])
+        value, shape = t.values[source], _shape(source)
+        given = node.args[1] if len(node.args) > 1 else None
+        axes = tuple(sorted({i % len(shape) for i in cast("list[int]", given)})) if given else tuple(range(len(shape)))
+        count = math.prod(shape[i] for i in axes)
+        if not isinstance(value, Ref):
+            return value * count if reduce == "+" and not mean else value
+        found = value if count == 1 else t.loop("", str, shape, [value], reduce, axes)
+        if mean:
+            found = t.loop(f"mean {count}", lambda x: f"({x} / {count})", found.shape, [found])
+        return _viewed(found, lambda x: x.view(_shape(node))) if found.shape != _shape(node) else found
+
+    return rule
+
+
+def _running(t: Translation, node: Node) -> Operand:
+    x = t.ref(node.args[0])
+    out = Buffer(x.shape)
+    t.operations.append(Running(out, x, cast(int, node.args[1]) % len(x.shape)))
+    return whole(out)
+
+
+def _flip(t: Translation, node: Node) -> Operand:
+    x = t.ref(node.args[0])
+    strides, offset = list(x.strides), x.offset
+    for axis in cast("list[int]", node.args[1]):
+        offset += strides[axis] * (x.shape[axis] - 1)
+        strides[axis] = -strides[axis]
+    return t.loop("copy", str, x.shape, [x._replace(strides=tuple(strides), offset=offset)])
+
+
+def _index(shape: Sequence[int], axis: int) -> str:
+    """The name of the index along an axis."""
+    axis %= len(shape)
+    return f"i{sum(n != 1 for n in shape[:axis])}" if shape[axis] != 1 else "0"
+
+
+def _triangle(sign: str) -> Rule:
+    def rule(t: Translation, node: Node) -> Operand:
+        shape, args = _shape(node), cast("tuple[int, ...]", node.args)
+        diagonal = args[1] if len(args) > 1 else 0
+        kept = f"{_index(shape, -1)} - {_index(shape, -2)} {sign} {diagonal}"
+        value = t.values[cast(Node, node.args[0])]
+        return t.loop(f"triangle {kept}", lambda x: f"({kept} ? {x} : real(0))", shape, [value], indexed=True)
+
+    return rule
+
+
+def _placed(t: Translation, node: Node) -> Operand:
+    """The gradient of a slice or of one row: its numbers there, 0 elsewhere."""
+    value, shape = t.values[cast(Node, node.args[0])], _shape(node)
+    axis = cast(int, node.args[2]) % len(shape)
+    if "select" in str(node.target):
+        start = cast(int, node.args[3]) % shape[axis]
+        stop, step = start + 1, 1
+        value = _viewed(value, lambda x: x.unsqueeze(axis)) if isinstance(value, Ref) else value
+    else:
+        start, stop, _ = slice(node.args[3], node.args[4]).indices(shape[axis])
+        step = node.args[5]
+    if step != 1:
+        raise Untranslatable(f"{node.target} with a step of {step}")
+    return _put(t, shape, axis, [(start, stop, value)], 0.0)
+
+
+def _scattered(t: Translation, node: Node) -> Operand:
+    """A tensor with one row replaced."""
+    shape = _shape(node)
+    axis = cast(int, node.args[2]) % len(shape)
+    start = cast(int, node.args[3]) % shape[axis]
+    row = t.values[cast(Node, node.args[1])]
+    row = _viewed(row, lambda x: x.unsqueeze(axis)) if isinstance(row, Ref) else row
+    return _put(t, shape, axis, [(start, start + 1, row)], t.values[cast(Node, node.args[0])])
+
+
+def _joined(t: Translation, node: Node) -> Operand:
+    nodes, shape = cast("list[Node]", node.args[0]), _shape(node)
+    axis = (cast(int, node.args[1]) if len(node.args) > 1 else 0) % len(shape)
+    stops = list(itertools.accumulate(_shape(x)[axis] for x in nodes))
+    pieces = [(stop - _shape(x)[axis], stop, t.values[x]) for x, stop in zip(nodes, stops, strict=True)]
+    return pieces[0][2] if len(pieces) == 1 else _put(t, shape, axis, pieces, 0.0)
+
+
+def _stacked(t: Translation, node: Node) -> Operand:
+    shape = _shape(node)
+    axis = cast("tuple[int, ...]", (*node.args, 0))[1] % len(shape)
+    values = [t.values[x] for x in cast("list[Node]", node.args[0])]
+    rows = [_viewed(x, lambda y: y.unsqueeze(axis)) if isinstance(x, Ref) else x for x in values]
+    pieces = [(i, i + 1, x) for i, x in enumerate(rows)]
+    return pieces[0][2] if len(pieces) == 1 else _put(t, shape, axis, pieces, 0.0)
+
+
+def _put(
+    t: Translation, shape: tuple[int, ...], axis: int, pieces: Sequence[tuple[int, int, Operand]], elsewhere: Operand
+) -> Operand:
+    """Pieces from one index to another along an axis, and what is elsewhere."""
+    index, kept = _index(shape, axis), []
+    for start, stop, value in pieces:
+        if isinstance(value, Ref):
+            # As if it had numbers along the whole axis: only those from start to stop are read.
+            step = value.strides[axis] if stop - start > 1 else 0
+            strides = [s if n == m else 0 for s, n, m in zip(value.strides, value.shape, shape, strict=True)]
+            strides[axis] = step
+            value = Ref(value.buffer, shape, tuple(strides), value.offset - step * start)
+        kept.append((start, stop, value))
+
+    def text(*x: str) -> str:
+        found = x[-1]
+        for (start, stop, _), piece in zip(kept, x, strict=False):
+            found = f"({index} >= {start} && {index} < {stop} ? {piece} : {found})"
+        return found
+
+    places = [(start, stop) for start, stop, _ in kept]
+    return t.loop(f"put {axis} {places}", text, shape, [*(x for _, _, x in kept), elsewhere], indexed=True)
+
+
+def _product(t: Translation, node: Node) -> Operand:
+    """a b for a [(1), m, k] and b [(1), k, n]."""
+    if any(t.values[cast(Node, x)] == 0.0 for x in node.args):
+        return 0.0
+    a, b = (t.ref(x) for x in node.args)
+    if a.shape[:-2] not in ((), (1,)):
+        raise Untranslatable(f"{node.target} of a batch of {a.shape[0]} matrices")
+    shape = _shape(node)
+    if a.shape[-1] == 1:
+        return t.loop("mul", POINTWISE["mul"], shape, [a, b])
+    a, b = (x._replace(shape=x.shape[-2:], strides=x.strides[-2:]) for x in (a, b))
+    name = ("product", a, b)
+    if name not in t.known:
+        out = Buffer((a.shape[0], b.shape[1]))
+        t.operations.append(Product(out, a, b))
+        t.known[name] = whole(out)
+    return _viewed(t.known[name], lambda x: x.view(shape))
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "alias", "detach", "expand"), _view),
+    **dict.fromkeys(("transpose", "permute", "t", "select", "slice"), _view),
+    **dict.fromkeys(("lift_fresh_copy", "clone", "_to_copy", "convert_element_type"), _same),
+    **dict.fromkeys(("ones", "zeros", "full", "scalar_tensor", "fill", "empty"), _fill),
+    **dict.fromkeys(("ones_like", "zeros_like", "full_like", "empty_like"), _fill),
+    **dict.fromkeys(("new_ones", "new_zeros", "new_full", "new_empty"), _fill),
+    **dict.fromkeys(("bmm", "mm"), _product),
+    **dict.fromkeys(("select_backward", "slice_backward"), _placed),
+    "sum": _reduction("+"),
+    "mean": _reduction("+", mean=True),
+    "amax": _reduction("max"),
+    "amin": _reduction("min"),
+    "cumsum": _running,
+    "flip": _flip,
+    "triu": _triangle(">="),
+    "tril": _triangle("<="),
+    "select_scatter": _scattered,
+    "cat": _joined,
+    "stack": _stacked,
+}
+"""Operations that are more than number by number."""
+
+
+def turned(operations: Sequence[Operation], results: Sequence[Operand]) -> list[Operand]:
+    """The results, where all matrices that are only read as transposes have been made to be those."""
+    results = list(results)
+    # Consumers first, whose own turning makes a transpose of what they read, or none.
+    for op in reversed(operations):
+        axes = [axis for axis, n in enumerate(op.out.shape) if n != 1]
+        if isinstance(op, Running) or (isinstance(op, Loop) and (op.reduce or op.indexed)) or len(axes) != 2:
+            continue
+        rows, columns = (op.out.shape[axis] for axis in axes)
+        reads = [x for other in operations for x in other.operands] + results
+        layouts = [_layout(x) for x in reads if isinstance(x, Ref) and x.buffer is op.out]
+        if not layouts or any(x != [(0, 0), (1, columns), (columns, rows)] for x in layouts):
+            continue
+        _turn(op, axes)
+
+        def turn(x: Any, out: Buffer = op.out, rows: int = rows) -> Any:
+            if not isinstance(x, Ref) or x.buffer is not out:
+                return x
+            return x._replace(strides=tuple(rows if s == 1 else 1 for s in x.strides))
+
+        for other in operations:
+            if isinstance(other, Loop):
+                other.operands = tuple(turn(x) for x in other.operands)
+            elif isinstance(other, Product):
+                other.a, other.b = turn(other.a), turn(other.b)
+            else:
+                other.x = turn(other.x)
+        results = [turn(x) for x in results]
+    return results
+
+
+def _turn(op: Loop | Product, axes: Sequence[int]) -> None:
+    """Make of an operation the one that gives the transpose of its result along two axes."""
+    i, j = axes
+
+    def swapped(x: Sequence[int]) -> tuple[int, ...]:
+        return tuple(x[{i: j, j: i}.get(axis, axis)] for axis in range(len(x)))
+
+    def transposed(x: Ref) -> Ref:
+        return x._replace(shape=swapped(x.shape), strides=swapped(x.strides))
+
+    op.out.shape = swapped(op.out.shape)
+    if isinstance(op, Product):
+        op.a, op.b = transposed(op.b), transposed(op.a)
+    else:
+        op.shape = swapped(op.shape)
+        op.operands = tuple(transposed(x) if isinstance(x, Ref) else x for x in op.operands)
+
+
+def _layout(x: Ref) -> list[tuple[int, int]]:
+    """Its offset (and 0), then strides and lengths of the axes that are not of one."""
+    return [(x.offset, 0), *((s, n) for s, n in zip(x.strides, x.shape, strict=True) if n != 1)]
+
+
+def schedule(operations: Sequence[Operation], results: Sequence[Buffer]) -> list[Statement]:
+    """An order of what the results need, in which loops are held back until something else needs them."""
+    maker = {op.out: op for op in operations}
+    needed: set[Operation] = set()
+    stack = [maker[x] for x in results if x in maker]
+    while stack:
+        op = stack.pop()
+        if op not in needed:
+            needed.add(op)
+            stack += [maker[x.buffer] for x in op.operands if isinstance(x, Ref) and x.buffer in maker]
+    waiting: dict[Loop, None] = {}
+    done: list[Statement] = []
+
+    def sources(op: Operation) -> list[tuple[Loop, bool]]:
+        """Loops that it waits for, and whether they can run as one with it."""
+        found: list[tuple[Loop, bool]] = []
+        for x in op.operands:
+            source = maker.get(x.buffer) if isinstance(x, Ref) else None
+            if isinstance(source, Loop) and source in waiting:
+                assert isinstance(x, Ref)
+                found.append((source, isinstance(op, Loop) and _aligned(source, op, x)))
+        return found
+
+    def closure(op: Loop) -> tuple[set[Loop], Loop | None]:
+        """What runs with a loop, or one that has to run before."""
+        members, stack = set[Loop](), [op]
+        while stack:
+            member = stack.pop()
+            members.add(member)
+            for source, joins in sources(member):
+                if not joins:
+                    return members, source
+                stack += [source] if source not in members else []
+        return members, None
+
+    def run(op: Loop) -> None:
+        while (found := closure(op))[1] is not None:
+            run(found[1])
+        members = found[0]
+        for other in waiting:
+            if tile(other.shape) == tile(op.shape) and all(joins and x in members for x, joins in sources(other)):
+                members.add(other)
+        done.append([x for x in waiting if x in members])
+        for member in members:
+            del waiting[member]
+
+    for op in operations:
+        if op not in needed:
+            continue
+        if isinstance(op, Loop):
+            waiting[op] = None
+            continue
+        while found := sources(op):
+            run(found[0][0])
+        done.append(op)
+    while waiting:
+        run(next(reversed(waiting)))
+    return done
+
+
+def _aligned(source: Loop, op: Loop, x: Ref) -> bool:
+    """Whether `op` reads of `source` the very number that it gives at the same index."""
+    return not source.reduce and tile(source.shape) == tile(op.shape) and x.whole
+
+
+def write(statements: Sequence[Statement], outer: set[Buffer], align: int) -> tuple[list[str], int]:
+    """The lines of statements, and how many numbers of an arena at the pointer `arena` they need.
+
+    `outer` buffers have pointers of their own; a loop's result that only loops that run with it read is never stored.
+    """
+    first: dict[Buffer, int] = {}
+    last: dict[Buffer, int] = {}
+    for i, statement in enumerate(statements):
+        members = statement if isinstance(statement, list) else [statement]
+        for op in members:
+            first.setdefault(op.out, i)
+            for x in op.operands:
+                if isinstance(x, Ref):
+                    last[x.buffer] = i
+    inner = [x for x in first if x not in outer and (last[x] > first[x] or not isinstance(statements[first[x]], list))]
+    places, size = _places(inner, first, last, align)
+    for number, buffer in enumerate(inner):
+        buffer.name = f"b{number}"
+    lines = [f"real *{x.name} = arena + {places[x]};" for x in inner]
+    stored = {*inner, *outer}
+    for statement in statements:
+        if isinstance(statement, list):
+            lines += _loops(statement, stored)
+        elif isinstance(statement, Product):
+            a, b = statement.a, statement.b
+            sizes = [*a.shape, b.shape[1]]
+            numbers = [sizes[0], sizes[2], sizes[1], *a.strides, *b.strides]
+            where = [f"{x.buffer.name} + {x.offset}" for x in (a, b)]
+            lines.append(f"product<{', '.join(map(str, numbers))}>({', '.join(where)}, {statement.out.name});")
+        else:
+            lines += _sums(statement)
+    return lines, size
+
+
+def _places(
+    buffers: Sequence[Buffer], first: dict[Buffer, int], last: dict[Buffer, int], align: int
+) -> tuple[dict[Buffer, int], int]:
+    """Where buffers lie, none over another that is still to be read."""
+    places: dict[Buffer, int] = {}
+    size = 0
+    for buffer in buffers:
+        count = -(-math.prod(buffer.shape) // align) * align
+        busy = sorted(
+            (places[x], places[x] + -(-math.prod(x.shape) // align) * align)
+            for x in places
+            if last[x] >= first[buffer] and first[x] <= last[buffer]
+        )
+        start = 0
+        for begin, end in busy:
+            if begin - start >= count:
+                break
+            start = max(start, end)
+        places[buffer] = start
+        size = max(size, start + count)
+    return places, size
+
+
+def _loops(members: Sequence[Loop], stored: set[Buffer]) -> list[str]:
+    """Loops that run as one."""
+    dims = tile(members[0].shape)
+    index = [f"i{axis}" for axis in range(len(dims))]
+    local: dict[Buffer, str] = {}
+    body: list[str] = []
+    # Per depth: what begins before the loop of that axis, and what ends after it.
+    before: list[list[str]] = [[] for _ in range(len(dims) + 1)]
+    after: list[list[str]] = [[] for _ in range(len(dims) + 1)]
+    summed: list[str] = []
+    simple = True
+    for number, op in enumerate(members):
+        name = f"x{number}"
+        texts = [literal(x) if not isinstance(x, Ref) else local.get(x.buffer) or x.at(index) for x in op.operands]
+        body.append(f"real {name} = {op.text(*texts)};")
+        if not op.reduce:
+            local[op.out] = name
+            if op.out in stored:
+                body.append(f"{whole(op.out).at(index)} = {name};")
+            continue
+        kept = [i for i, axis in enumerate(a for a, n in enumerate(op.shape) if n != 1) if axis not in op.axes]
+        target = whole(op.out).at([index[i] for i in kept])
+        start = {"+": "0", "max": "-std::numeric_limits<real>::infinity()", "min": "std::numeric_limits<real>::infinity()"}
+        join = (lambda x, y: f"{x} + {y}") if op.reduce == "+" else (lambda x, y, f=op.reduce: f"{f}_({y}, {x})")
+        if kept == list(range(len(kept))):
+            total = f"s{number}"
+            before[len(kept)].append(f"real {total} = {start[op.reduce]};")
+            body.append(f"{total} = {join(total, name)};")
+            after[len(kept)].append(f"{target} = {total};")
+            summed.append(f"reduction({op.reduce} : {total})")
+        else:
+            count = math.prod(op.out.shape)
+            before[0].append(f"for (int i = 0; i < {count}; i++) {op.out.name}[i] = {start[op.reduce]};")
+            body.append(f"{target} = {join(target, name)};")
+            simple = simple and len(dims) - 1 in kept
+    lines: list[str] = ["{"]
+    for axis, count in enumerate(dims):
+        lines += before[axis]
+        if axis == len(dims) - 1 and simple:
+            lines.append(" ".join(["#pragma omp simd", *summed]))
+        lines.append(f"for (int i{axis} = 0; i{axis} < {count}; i{axis}++) {{")
+    lines += [*before[len(dims)], *body, *after[len(dims)]]
+    for axis in reversed(range(len(dims))):
+        lines += ["}", *after[axis]]
+    return [*lines, "}"]
+
+
+def _sums(op: Running) -> list[str]:
+    """Running sums, along one axis."""
+    dims = op.x.shape
+    index = [f"i{a}" for a in range(len(dims))]
+    strides = whole(op.out).strides
+    here = " + ".join(f"{i} * {s}" for i, s in zip(index, strides, strict=True))
+    there = " + ".join([*(f"{i} * {s}" for i, s in zip(index, op.x.strides, strict=True)), str(op.x.offset)])
+    lines = [f"for (int i{a} = 0; i{a} < {n}; i{a}++)" for a, n in enumerate(dims)]
+    sum_ = f"(i{op.axis} > 0 ? {op.out.name}[{here} - {strides[op.axis]}] : real(0))"
+    return [*lines, f"    {op.out.name}[{here}] = {sum_} + {op.x.buffer.name}[{there}];"]

@@ -1,0 +1,236 @@
+// What the generated programs of `native` are made of. `real` is float or double; every tensor is of it, conditions too.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#define INLINE static inline __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+#elif defined(__AVX__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int W = BYTES / sizeof(real);                                     // numbers of a vector register
+typedef real vec __attribute__((vector_size(BYTES)));
+typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
+
+INLINE vec load(const real *x) { return *(const loose *)x; }
+INLINE void store(real *x, vec y) { *(loose *)x = y; }
+
+// ---- functions of a number, without branches, so that loops over them become vectors
+
+INLINE float bits_to(int32_t x) { float y; std::memcpy(&y, &x, 4); return y; }
+INLINE int32_t bits_of(float x) { int32_t y; std::memcpy(&y, &x, 4); return y; }
+
+INLINE float exp_(float x) {
+    float bounded = x < -104.f ? -104.f : (x > 89.f ? 89.f : x);
+    float n = (bounded * 1.44269504f + 12582912.f) - 12582912.f;            // the nearest whole number
+    float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+    float y = 1.f / 5040;
+    y = y * r + 1.f / 720;
+    y = y * r + 1.f / 120;
+    y = y * r + 1.f / 24;
+    y = y * r + 1.f / 6;
+    y = y * r + .5f;
+    y = y * r + 1.f;
+    y = y * r + 1.f;
+    int32_t whole = (int32_t)n, half = whole >> 1;
+    y = y * bits_to((half + 127) << 23) * bits_to((whole - half + 127) << 23);
+    return x != x ? x : y;
+}
+INLINE float log_(float x) {
+    float scaled = x < 1.17549435e-38f ? x * 8388608.f : x;
+    int32_t bits = bits_of(scaled), n = (bits - 0x3f3504f3) >> 23;          // mantissa from sqrt(1/2) to sqrt(2)
+    float m = bits_to(bits - n * 8388608), s = (m - 1.f) / (m + 1.f), s2 = s * s;
+    float y = 2.f / 9;
+    y = y * s2 + 2.f / 7;
+    y = y * s2 + 2.f / 5;
+    y = y * s2 + 2.f / 3;
+    float k = (float)n - (x < 1.17549435e-38f ? 23.f : 0.f);
+    y = (y * s2 * s + k * -2.12194440e-4f) + 2.f * s + k * 0.693359375f;
+    float limit = std::numeric_limits<float>::infinity();
+    y = x == 0.f ? -limit : (x == limit ? x : y);
+    return x >= 0.f ? y : std::numeric_limits<float>::quiet_NaN();
+}
+// 1 - exp(-x Q(x)), Q fitted to less than 2e-8; beyond 4 it is 1 in single precision.
+INLINE float erf_(float x) {
+    float t = x < 0.f ? -x : x;
+    t = t > 4.f ? 4.f : t;
+    float q = 3.143997e-05f;
+    q = q * t - 3.0880011e-04f;
+    q = q * t + 1.03239353e-03f;
+    q = q * t + 5.3694858e-04f;
+    q = q * t - 1.958397497e-02f;
+    q = q * t + 1.0291962051e-01f;
+    q = q * t + 6.3659773183e-01f;
+    q = q * t + 1.12838025162f;
+    float y = 1.f - exp_(-t * q);
+    return x < 0.f ? -y : y;
+}
+INLINE float tanh_(float x) { return 1.f - 2.f / (1.f + exp_(2.f * x)); }
+INLINE float pow_(float x, float y) { return exp_(y * log_(x)); }
+INLINE float sin_(float x) { return std::sin(x); }
+INLINE float cos_(float x) { return std::cos(x); }
+
+INLINE double exp_(double x) { return std::exp(x); }
+INLINE double log_(double x) { return std::log(x); }
+INLINE double erf_(double x) { return std::erf(x); }
+INLINE double tanh_(double x) { return std::tanh(x); }
+INLINE double pow_(double x, double y) { return std::pow(x, y); }
+INLINE double sin_(double x) { return std::sin(x); }
+INLINE double cos_(double x) { return std::cos(x); }
+
+INLINE real sqrt_(real x) { return std::sqrt(x); }
+INLINE real abs_(real x) { return x < 0 ? -x : x; }
+INLINE real sign_(real x) { return x > 0 ? real(1) : (x < 0 ? real(-1) : x); }
+INLINE real max_(real x, real y) { return x != x ? x : (x > y ? x : y); }
+INLINE real min_(real x, real y) { return x != x ? x : (x < y ? x : y); }
+
+// ---- matrix products: C [M, N] by rows, A [M, K] and B [K, N] anywhere
+
+// R rows and V vectors of C, B by rows.
+template <int R, int V, int K, int AM, int AK, int BK, int CM>
+INLINE void panel(const real *a, const real *b, real *c) {
+    vec sum[R][V];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) sum[i][j] = vec{};
+    for (int k = 0; k < K; k++) {
+        vec row[V];
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) row[j] = load(b + k * BK + j * W);
+#pragma GCC unroll 16
+        for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+            for (int j = 0; j < V; j++) sum[i][j] += a[i * AM + k * AK] * row[j];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 8
+        for (int j = 0; j < V; j++) store(c + i * CM + j * W, sum[i][j]);
+}
+
+template <int V, int M, int K, int AM, int AK, int BK, int CM>
+INLINE void column(const real *a, const real *b, real *c) {
+    constexpr int R = BYTES == 64 ? 8 : 4;
+    for (int i = 0; i + R <= M; i += R) panel<R, V, K, AM, AK, BK, CM>(a + i * AM, b, c + i * CM);
+    constexpr int rest = M % R;
+    if constexpr (rest > 0) panel<rest, V, K, AM, AK, BK, CM>(a + (M - rest) * AM, b, c + (M - rest) * CM);
+}
+
+// B by rows.
+template <int M, int N, int K, int AM, int AK, int BK, int CM>
+void product_rows(const real *a, const real *b, real *c) {
+    constexpr int V = BYTES == 64 ? 3 : 2;
+    int j = 0;
+    if constexpr (N / W >= V)
+        for (; j + V * W <= N; j += V * W) column<V, M, K, AM, AK, BK, CM>(a, b + j, c + j);
+    for (; j + W <= N; j += W) column<1, M, K, AM, AK, BK, CM>(a, b + j, c + j);
+    if constexpr (N % W > 0)
+        for (int i = 0; i < M; i++) {
+            real sum[N % W] = {};
+            for (int k = 0; k < K; k++)
+                for (int n = 0; n < N % W; n++) sum[n] += a[i * AM + k * AK] * b[k * BK + j + n];
+            for (int n = 0; n < N % W; n++) c[i * CM + j + n] = sum[n];
+        }
+}
+
+// W vectors as the columns of a matrix that they are the rows of.
+INLINE void turn(vec *x) {
+    typedef typename std::conditional<sizeof(real) == 4, int32_t, int64_t>::type whole;
+    typedef whole index __attribute__((vector_size(BYTES)));
+    index low, high;
+    for (int i = 0; i < W; i++) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
+#pragma GCC unroll 4
+    for (int n = 1; n < W; n *= 2) {
+        vec y[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + W / 2], low);
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + W / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < W; i++) x[i] = y[i];
+    }
+}
+
+// B by columns, B [K, N] at b[n * BN + k]: W rows of C^T at a time, whose vectors run along M, turned when they are done.
+template <int M, int N, int K, int AM, int AK, int BN, int CM>
+void product_columns(const real *a, const real *b, real *c) {
+    alignas(64) real packed[K * W];
+    for (int i = 0; i < M; i += W) {
+        const real *side = packed;
+        constexpr int SK = AM == 1 ? AK : W;
+        if constexpr (AM == 1) {
+            side = a + i;
+        } else {
+            int k = 0;
+            if constexpr (AK == 1)
+                for (; k + W <= K; k += W) {
+                    vec x[W];
+                    for (int m = 0; m < W; m++) x[m] = load(a + (i + m) * AM + k);
+                    turn(x);
+                    for (int m = 0; m < W; m++) store(packed + (k + m) * W, x[m]);
+                }
+            for (; k < K; k++)
+                for (int m = 0; m < W; m++) packed[k * W + m] = a[(i + m) * AM + k * AK];
+        }
+        for (int j = 0; j < N; j += W) {
+            vec sum[W];
+#pragma GCC unroll 16
+            for (int n = 0; n < W; n++) sum[n] = vec{};
+            for (int k = 0; k < K; k++) {
+                vec x = load(side + k * SK);
+#pragma GCC unroll 16
+                for (int n = 0; n < W; n++) sum[n] += b[(j + n) * BN + k] * x;
+            }
+            turn(sum);
+#pragma GCC unroll 16
+            for (int m = 0; m < W; m++) store(c + (i + m) * CM + j, sum[m]);
+        }
+    }
+}
+
+template <int M, int N, int K, int AM, int AK, int BK, int BN>
+INLINE void product(const real *__restrict a, const real *__restrict b, real *__restrict c) {
+    if constexpr (BN == 1) {
+        product_rows<M, N, K, AM, AK, BK, N>(a, b, c);
+    } else if constexpr (BK == 1 && M % W == 0 && N % W == 0) {
+        product_columns<M, N, K, AM, AK, BN, N>(a, b, c);
+    } else {
+        for (int i = 0; i < M; i++)
+            for (int j = 0; j < N; j++) {
+                real sum = 0;
+#pragma omp simd reduction(+ : sum)
+                for (int k = 0; k < K; k++) sum += a[i * AM + k * AK] * b[k * BK + j * BN];
+                c[i * N + j] = sum;
+            }
+    }
+}
+
+// ---- rows of the batch, shared among threads; each thread has `arena` numbers to itself
+
+template <class Work>
+INLINE void for_rows(long rows, long threads, long arena, Work work) {
+    std::atomic<long> next{0};
+    auto run = [&] {
+        real *memory = (real *)std::aligned_alloc(64, (arena * sizeof(real) + 127) / 64 * 64);
+        for (long row; (row = next++) < rows;) work(row, memory);
+        std::free(memory);
+    };
+    std::vector<std::thread> others;
+    for (long i = 1; i < std::min(rows, threads); i++) others.emplace_back(run);
+    run();
+    for (auto &other : others) other.join();
+}

@@ -1,0 +1,131 @@
+"""The native path: C++ programs, built here with few optimisations but where numbers and speed depend on them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import miras
+from miras import learning, memory, retention
+from miras.kernels import native
+from tests.kernels.scan_cases import PLAIN, Scans, Sorted
+from tests.problems import assert_same, leaves, outcome, random_problem, run, with_leaves
+
+
+@pytest.fixture
+def as_users_build(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With all optimisations: see `conftest.py`."""
+    monkeypatch.delenv("MIRAS_CXXFLAGS")
+    native.forget()
+    yield
+    native.forget()
+
+
+@pytest.fixture
+def built_anew() -> Iterator[None]:
+    native.forget()
+    yield
+    native.forget()
+
+
+@pytest.mark.slow
+class TestNative(Scans):
+    path = "native"
+
+
+QUICK = {
+    "descent": (PLAIN, {"tokens": 37}),
+    "momentum, several blocks a window": (
+        replace(PLAIN, learning=learning.Momentum(), refresh=96),
+        {"tokens": 192, "width": 4},
+    ),
+    "a mirror map online": (replace(PLAIN, retention=retention.LqMirror(4.0), link_at="token", refresh=4), {"tokens": 6}),
+}
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_equals_reference(name: str) -> None:
+    design, sizes = QUICK[name]
+    problem = random_problem(design, **{"width": 16, "batch": 2, "heads": 2, "slow": True, "dtype": torch.float64, **sizes})
+    assert_same(outcome(problem, path="native"), outcome(problem, path="reference"), 1e-9)
+
+
+@pytest.mark.usefixtures("as_users_build")
+@pytest.mark.parametrize("name", ["descent", pytest.param("momentum, several blocks a window", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", [64, pytest.param(24, marks=pytest.mark.slow)], ids=["registers filled", "with a rest"])
+def test_single_precision(name: str, width: int) -> None:
+    """Where vectors of numbers and approximations of functions are at work."""
+    problem = random_problem(QUICK[name][0], tokens=96, width=width, batch=1, heads=2, slow=True, dtype=torch.float32)
+    exact = with_leaves(problem, {key: x.double() for key, x in leaves(problem).items()})
+    expected = {key: x.float() for key, x in outcome(exact, path="frozen").items()}
+    assert_same(outcome(problem, path="native"), expected, 3e-5)
+
+
+FUNCTIONS = {"exp_": torch.exp, "log_": torch.log, "erf_": torch.erf, "tanh_": torch.tanh}
+
+
+@pytest.mark.usefixtures("as_users_build")
+def test_functions_of_single_precision() -> None:
+    head = 'extern "C" void {0}s(const float *x, float *y, long n)'
+    text = head + " {{\n#pragma omp simd\nfor (long i = 0; i < n; i++) y[i] = {0}(x[i]);\n}}"
+    library = native.built(native.source("float", [text.format(name) for name in FUNCTIONS]))
+    inf, nan = float("inf"), float("nan")
+    special = torch.tensor([0.0, 1.0, -1.0, inf, -inf, nan, 88.7, 88.8, -87.0, -103.0, -104.5, 1e-38, 1e-42, 3e38, 1e-20])
+    x = torch.cat([torch.linspace(-110, 95, 4001), torch.linspace(-5, 5, 4001), torch.logspace(-30, 30, 1001), special])
+    for name, function in FUNCTIONS.items():
+        y = torch.empty_like(x)
+        getattr(library, f"{name}s")(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(len(x)))
+        torch.testing.assert_close(y, function(x.double()).float(), rtol=5e-7, atol=2e-7, equal_nan=True)
+
+
+@pytest.mark.usefixtures("built_anew")
+def test_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(replace(PLAIN, bias=Sorted()), tokens=16)
+    with pytest.raises(ValueError, match=r"path='native' cannot run .* aten.sort.default has no C\+\+ form here"):
+        run(problem, path="native")
+    plain = random_problem(PLAIN, tokens=16)
+    monkeypatch.setenv("MIRAS_CXXFLAGS", "-no-such-flag")
+    with pytest.raises(ValueError, match="no-such-flag"):
+        run(plain, path="native")
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    monkeypatch.setenv("MIRAS_CACHE_DIR", str(occupied))
+    with pytest.raises(ValueError, match=str(occupied)):
+        run(plain, path="native")
+    monkeypatch.setattr(native, "compiler", lambda: None)
+    with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
+        run(plain, path="native")
+    assert "for CPUs, not for cuda" in miras.explain(PLAIN, device="cuda").refusals["native"]
+
+
+@pytest.mark.usefixtures("built_anew")
+def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MIRAS_CACHE_DIR", str(tmp_path))
+    problem = random_problem(PLAIN, tokens=32)
+    expected = outcome(problem, path="native")
+    libraries = sorted((tmp_path / "native").iterdir())
+    assert [x.suffix for x in libraries] == [".so"] * len(libraries) and len(libraries) == 2
+    native.forget()
+    monkeypatch.setattr(native.subprocess, "run", None)
+    longer = random_problem(PLAIN, tokens=64, batch=3, heads=1)
+    assert_same(outcome(problem, path="native"), expected, 0.0)
+    assert_same(outcome(longer, path="native"), outcome(longer, path="frozen"), 1e-9)
+
+
+def test_rows_do_not_depend_on_threads() -> None:
+    problem = random_problem(replace(PLAIN, memory=memory.Matrix()), tokens=32, batch=3, heads=2)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 4, 16):
+            torch.set_num_threads(count)
+            found.append(outcome(problem, path="native"))
+    finally:
+        torch.set_num_threads(threads)
+    assert_same(found[1], found[0], 0.0)
+    assert_same(found[2], found[0], 0.0)
