@@ -345,7 +345,7 @@ def test_inspect_and_explain(design: Any) -> None:
         assert_close(seen[name], value, name, 0.0)
         assert not seen[name].requires_grad
     text = str(mixer.explain())
-    assert re.search("memory\n  path: (fused|frozen)", text)
+    assert re.search("memory\n  path: (native|fused|frozen)", text)
     assert "attention\n  path: attention" in text
 
 

@@ -101,7 +101,8 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "  loss         l_t = 1/3 sum |e_t|^3\n" in shown
     assert "the window of 64" in shown
     assert "each silu(proj(x_t))" in shown
-    assert "  not triangular  refresh=64: gradients stand still" in shown
+    assert "  path           " in shown
+    assert "  not attention  the design has fast weights" in shown
     hybrid = RUNNER.invoke(app, ["explain", "yaad_h", "--head-dim", "8"], catch_exceptions=False).output
     assert "Layer 2/2" in hybrid
     assert "A head of 8 channels" in hybrid

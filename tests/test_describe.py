@@ -10,7 +10,7 @@ from torch import Tensor
 from miras import bias, inputs, learning, memory, models, retention
 from miras.describe import Section, describe, describe_named, formula, label, parts, sections, source, summary
 from miras.design import Design, Pattern
-from miras.kernels import fused
+from miras.kernels import fused, native
 
 GATED_DELTANET = """\
 At each token t
@@ -137,13 +137,15 @@ def test_scaled_queries_and_token_shifts_are_told() -> None:
     assert "token shift" not in lines(models.gla())
 
 
-@pytest.mark.parametrize("compiler", [False, True])
-def test_the_path_and_the_faster_ones(compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiler", [None, "g++"])
+def test_the_path_and_the_faster_ones(compiler: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What this machine runs."""
-    monkeypatch.setattr(fused, "has_compiler", lambda: compiler)
-    found = lines(models.moneta())
+    monkeypatch.setattr(fused, "has_compiler", lambda: compiler is not None)
+    monkeypatch.setattr(native, "compiler", lambda: compiler)
+    assert lines(models.yaad())["path"] == ["native" if compiler else "frozen, in blocks of 16 gradient steps"]
+    found = lines(models.moneta(link_at="token"))
     assert found["path"] == [f"{'fused' if compiler else 'frozen'}, in blocks of 16 gradient steps"]
-    faster = ["attention", "fla", "triton", "triangular", *([] if compiler else ["fused", "substituted"])]
+    faster = ["attention", "fla", "triton", "native", "triangular", *([] if compiler else ["fused", "substituted"])]
     assert [name.removeprefix("not ") for name in found if name.startswith("not ")] == faster
     assert found["not triangular"] == ["the link of retention LqRms is not the identity"]
 

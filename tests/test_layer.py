@@ -254,7 +254,9 @@ def test_inspect_shows_learning() -> None:
 def test_explain() -> None:
     assert "path" in str(layer(design()).explain())
     channelwise = Inputs(decay=LogDecay(per_channel=True))
-    assert layer(design(memory=Matrix(), refresh=1, inputs=channelwise)).explain().tile == 16
+    found = layer(design(refresh=16, inputs=channelwise)).explain()
+    assert (found.path, found.tile) == ("frozen", 16)
+    assert "per channel" in found.refusals["native"]
 
 
 def test_every_initial_value_is_restored() -> None:

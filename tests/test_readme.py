@@ -19,7 +19,7 @@ def test_blocks_run(block, capsys):
     names = {"__name__": "readme"}
     exec(compile(block, "README.md", "exec"), names)
     if "explain" in block:
-        assert re.search("path: (fused|frozen)", capsys.readouterr().out)
+        assert re.search("path: (native|fused|frozen)", capsys.readouterr().out)
     if "LogCosh" in names:
         made = names["LogCosh"](0.5)
         assert miras.bias.Bias.from_dict(made.to_dict()) == made

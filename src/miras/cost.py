@@ -33,7 +33,7 @@ class Cost:
     state    numbers held: all copies of all weights, or keys and values
     flops    a token, two for a multiply-add (see `count_flops`)
     grows    `state` and `flops` are for each token of context: softmax attention over all of them, persistent ones apart
-    plan     the path that the engine takes, whatever the machine ("fused" is "frozen" compiled, where a compiler is found)
+    plan     the path that the engine takes, whatever the machine ("native" and "fused" need one with a compiler)
     """
 
     weights: dict[str, Shape]

@@ -10,6 +10,9 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -146,20 +149,30 @@ void product_rows(const real *a, const real *b, real *c) {
         }
 }
 
-// W vectors as the columns of a matrix that they are the rows of.
-INLINE void turn(vec *x) {
-    typedef typename std::conditional<sizeof(real) == 4, int32_t, int64_t>::type whole;
+// The numbers of two vectors in turn: of their first halves, and of their second ones.
+INLINE void interleave(vec a, vec b, vec &low, vec &high) {
+#if defined(__clang__)
+    for (int n = 0; n < W / 2; n++) {
+        low[2 * n] = a[n], low[2 * n + 1] = b[n];
+        high[2 * n] = a[n + W / 2], high[2 * n + 1] = b[n + W / 2];
+    }
+#else
+    typedef std::conditional<sizeof(real) == 4, int32_t, int64_t>::type whole;
     typedef whole index __attribute__((vector_size(BYTES)));
-    index low, high;
-    for (int i = 0; i < W; i++) low[i] = i / 2 + (i % 2) * W, high[i] = low[i] + W / 2;
+    index first, second;
+    for (int n = 0; n < W; n++) first[n] = n / 2 + n % 2 * W, second[n] = first[n] + W / 2;
+    low = __builtin_shuffle(a, b, first);
+    high = __builtin_shuffle(a, b, second);
+#endif
+}
+
+// W vectors as the columns of the matrix that they are the rows of.
+INLINE void turn(vec *x) {
 #pragma GCC unroll 4
     for (int n = 1; n < W; n *= 2) {
         vec y[W];
 #pragma GCC unroll 16
-        for (int i = 0; i < W / 2; i++) {
-            y[2 * i] = __builtin_shuffle(x[i], x[i + W / 2], low);
-            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + W / 2], high);
-        }
+        for (int i = 0; i < W / 2; i++) interleave(x[i], x[i + W / 2], y[2 * i], y[2 * i + 1]);
 #pragma GCC unroll 16
         for (int i = 0; i < W; i++) x[i] = y[i];
     }
@@ -217,6 +230,14 @@ INLINE void product(const real *__restrict a, const real *__restrict b, real *__
                 c[i * N + j] = sum;
             }
     }
+}
+
+// Ask for large pages, since memory that is written for the first time is made page by page.
+INLINE void large_pages(real *x, long count) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, begin = ((uintptr_t)x + page - 1) / page * page, end = (uintptr_t)(x + count) / page * page;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
 }
 
 // ---- rows of the batch, shared among threads; each thread has `arena` numbers to itself

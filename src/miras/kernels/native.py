@@ -229,7 +229,8 @@ def _forward(block: Block, name: str) -> str:
     held = {x: -(-math.prod(shape) // ALIGN) * ALIGN for x, shape in state.items()}
     size, pairs = max(x.size for x in bodies.values()), 2 * sum(held.values())
     tensors = [*sequences, *shared, *(f"{x}_{kind}" for kind in ("first", "last", "kept") for x in state), "o"]
-    lines = [*_head(name, tensors, FORWARD_SIZES, size + pairs), *_at(shared, "head", "w_")]
+    before = [f"large_pages(t_{x}_kept, rows * kept * {math.prod(shape)});" for x, shape in state.items()]
+    lines = [*_head(name, tensors, FORWARD_SIZES, size + pairs, before), *_at(shared, "head", "w_")]
     lines.append(f"real *arena = memory + {pairs};")
     begin = 0
     for x, shape in state.items():
@@ -281,11 +282,12 @@ def _kinds(block: Block) -> list[bool]:
     return [True, False] if block.blocks > 1 else [True]
 
 
-def _head(name: str, tensors: Sequence[str], sizes: Sequence[str], arena: int) -> list[str]:
-    """A program up to where each row begins."""
+def _head(name: str, tensors: Sequence[str], sizes: Sequence[str], arena: int, before: Sequence[str] = ()) -> list[str]:
+    """A program up to where each row begins; lines `before` run once."""
     lines = [f'extern "C" void {name}(real **tensors, const long *sizes) {{']
     lines += [f"real *t_{x} = tensors[{i}];" for i, x in enumerate(tensors)]
     lines += [f"const long {x} = sizes[{i}];" for i, x in enumerate(["rows", "threads", *sizes])]
+    lines += before
     return [*lines, f"for_rows(rows, threads, {arena}, [=](long row, real *memory) {{", "const long head = row % heads;"]
 
 
