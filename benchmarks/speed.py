@@ -24,7 +24,7 @@ ALL = "--peers floor,ttt-mlp,titans-pytorch,sdpa"
 SECTIONS: dict[str, tuple[str, str]] = {
     "plain": (
         "MLP 64->256->64, L2, gradient descent (Titans without momentum)",
-        f"{PLAIN} --refresh 16,64 --path fused,frozen {ALL} --repeats 3",
+        f"{PLAIN} --refresh 16,64 --path fused --path frozen {ALL} --repeats 3",
     ),
     "momentum": ("The same with momentum (Titans)", "titans_lmm --refresh 16,64 --peers floor --repeats 3"),
     "yaad": ("Yaad", "yaad --peers floor"),
@@ -137,8 +137,8 @@ cores: read ratios within a section, and their spread. The page is written by
 
     python benchmarks/speed.py --out docs/results/speed.md
 
-- `miras` is our default path, "native" in all sections but Moneta's link at every token ("fused") and decoding; `fused` our path
-  by torch.compile; `frozen` that block by block in eager PyTorch; `floor` the same matrix products alone
+- `miras` is our default path, "native" in all sections but Moneta's link at every token ("fused") and decoding; `fused`
+  our path by torch.compile; `frozen` that block by block in eager PyTorch; `floor` the same matrix products alone
   (`torch.bmm` on reused operands; with a backward pass two more a product, and the forward ones once more, as if
   recomputed); `ttt-mlp` the published formulation of TTT-MLP,
   written anew in `src/miras/bench/ttt_mlp.py`; `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the

@@ -73,28 +73,19 @@ class Loop:
 
 @dataclass(eq=False)
 class Product:
-    """out [M, N] = a [M, K] b [K, N]."""
+    """out [M, N] = a [M, K] b [K, N] for its operands a and b."""
 
     out: Buffer
-    a: Ref
-    b: Ref
-
-    @property
-    def operands(self) -> tuple[Ref, Ref]:
-        return self.a, self.b
+    operands: tuple[Ref, ...]
 
 
 @dataclass(eq=False)
 class Running:
-    """Sums of all numbers so far along one axis."""
+    """Sums of all numbers so far along one axis of its operand."""
 
     out: Buffer
-    x: Ref
+    operands: tuple[Ref, ...]
     axis: int
-
-    @property
-    def operands(self) -> tuple[Ref]:
-        return (self.x,)
 
 
 Operation = Loop | Product | Running
@@ -249,14 +240,6 @@ class Translation:
             self.known[name] = whole(out)
         return self.known[name]
 
-    def copy(self, x: Ref) -> Ref:
-        """The same numbers by rows."""
-        return (
-            x
-            if x == whole(x.buffer)._replace(shape=x.shape) and x.shape == x.buffer.shape
-            else self.loop("copy", str, x.shape, [x])
-        )
-
 
 def _shape(node: Node) -> tuple[int, ...]:
     return tuple(node.meta["val"].shape)
@@ -313,7 +296,7 @@ def _view(t: Translation, node: Node) -> Operand:
         try:
             return _viewed(value, lambda x: x.view(shape))
         except RuntimeError:
-            return _viewed(t.copy(value), lambda x: x.view(shape))
+            return _viewed(t.loop("copy", str, value.shape, [value]), lambda x: x.view(shape))
     return _viewed(value, apply)
 
 
@@ -350,7 +333,7 @@ def _reduction(reduce: str, mean: bool = False) -> Rule:
 def _running(t: Translation, node: Node) -> Operand:
     x = t.ref(node.args[0])
     out = Buffer(x.shape)
-    t.operations.append(Running(out, x, cast(int, node.args[1]) % len(x.shape)))
+    t.operations.append(Running(out, (x,), cast(int, node.args[1]) % len(x.shape)))
     return whole(out)
 
 
@@ -461,7 +444,7 @@ def _product(t: Translation, node: Node) -> Operand:
     name = ("product", a, b)
     if name not in t.known:
         out = Buffer((a.shape[0], b.shape[1]))
-        t.operations.append(Product(out, a, b))
+        t.operations.append(Product(out, (a, b)))
         t.known[name] = whole(out)
     return _viewed(t.known[name], lambda x: x.view(shape))
 
@@ -511,12 +494,7 @@ def turned(operations: Sequence[Operation], results: Sequence[Operand]) -> list[
             return x._replace(strides=tuple(rows if s == 1 else 1 for s in x.strides))
 
         for other in operations:
-            if isinstance(other, Loop):
-                other.operands = tuple(turn(x) for x in other.operands)
-            elif isinstance(other, Product):
-                other.a, other.b = turn(other.a), turn(other.b)
-            else:
-                other.x = turn(other.x)
+            other.operands = tuple(turn(x) for x in other.operands)
         results = [turn(x) for x in results]
     return results
 
@@ -533,7 +511,7 @@ def _turn(op: Loop | Product, axes: Sequence[int]) -> None:
 
     op.out.shape = swapped(op.out.shape)
     if isinstance(op, Product):
-        op.a, op.b = transposed(op.b), transposed(op.a)
+        op.operands = tuple(transposed(x) for x in reversed(op.operands))
     else:
         op.shape = swapped(op.shape)
         op.operands = tuple(transposed(x) if isinstance(x, Ref) else x for x in op.operands)
@@ -614,15 +592,7 @@ def write(statements: Sequence[Statement], outer: set[Buffer], align: int) -> tu
 
     `outer` buffers have pointers of their own; a loop's result that only loops that run with it read is never stored.
     """
-    first: dict[Buffer, int] = {}
-    last: dict[Buffer, int] = {}
-    for i, statement in enumerate(statements):
-        members = statement if isinstance(statement, list) else [statement]
-        for op in members:
-            first.setdefault(op.out, i)
-            for x in op.operands:
-                if isinstance(x, Ref):
-                    last[x.buffer] = i
+    first, last = _lives(statements)
     inner = [x for x in first if x not in outer and (last[x] > first[x] or not isinstance(statements[first[x]], list))]
     places, size = _places(inner, first, last, align)
     for number, buffer in enumerate(inner):
@@ -633,7 +603,7 @@ def write(statements: Sequence[Statement], outer: set[Buffer], align: int) -> tu
         if isinstance(statement, list):
             lines += _loops(statement, stored)
         elif isinstance(statement, Product):
-            a, b = statement.a, statement.b
+            a, b = statement.operands
             sizes = [*a.shape, b.shape[1]]
             numbers = [sizes[0], sizes[2], sizes[1], *a.strides, *b.strides]
             where = [f"{x.buffer.name} + {x.offset}" for x in (a, b)]
@@ -641,6 +611,17 @@ def write(statements: Sequence[Statement], outer: set[Buffer], align: int) -> tu
         else:
             lines += _sums(statement)
     return lines, size
+
+
+def _lives(statements: Sequence[Statement]) -> tuple[dict[Buffer, int], dict[Buffer, int]]:
+    """The statement that makes each buffer, and the last that reads it."""
+    first: dict[Buffer, int] = {}
+    last: dict[Buffer, int] = {}
+    for i, statement in enumerate(statements):
+        for op in statement if isinstance(statement, list) else [statement]:
+            first.setdefault(op.out, i)
+            last |= {x.buffer: i for x in op.operands if isinstance(x, Ref)}
+    return first, last
 
 
 def _places(
@@ -666,60 +647,75 @@ def _places(
     return places, size
 
 
-def _loops(members: Sequence[Loop], stored: set[Buffer]) -> list[str]:
-    """Loops that run as one."""
-    dims = tile(members[0].shape)
-    index = [f"i{axis}" for axis in range(len(dims))]
-    local: dict[Buffer, str] = {}
-    body: list[str] = []
-    # Per depth: what begins before the loop of that axis, and what ends after it.
-    before: list[list[str]] = [[] for _ in range(len(dims) + 1)]
-    after: list[list[str]] = [[] for _ in range(len(dims) + 1)]
-    summed: list[str] = []
-    simple = True
-    for number, op in enumerate(members):
-        name = f"x{number}"
-        texts = [literal(x) if not isinstance(x, Ref) else local.get(x.buffer) or x.at(index) for x in op.operands]
-        body.append(f"real {name} = {op.text(*texts)};")
-        if not op.reduce:
-            local[op.out] = name
-            if op.out in stored:
-                body.append(f"{whole(op.out).at(index)} = {name};")
-            continue
+@dataclass
+class _Nest:
+    """Loops that run as one: the lines of the innermost, and per axis what stands before and after the loop of it."""
+
+    dims: tuple[int, ...]
+    stored: set[Buffer]
+    body: list[str] = field(default_factory=list)
+    local: dict[Buffer, str] = field(default_factory=dict)
+    before: dict[int, list[str]] = field(default_factory=dict)
+    after: dict[int, list[str]] = field(default_factory=dict)
+    summed: list[str] = field(default_factory=list)
+    parallel: bool = True
+
+    def add(self, op: Loop) -> None:
+        index = [f"i{axis}" for axis in range(len(self.dims))]
+        name = f"x{len(self.body)}"
+        texts = [self.local.get(x.buffer) or x.at(index) if isinstance(x, Ref) else literal(x) for x in op.operands]
+        self.body.append(f"real {name} = {op.text(*texts)};")
+        if op.reduce:
+            self._reduce(op, name, index)
+            return
+        self.local[op.out] = name
+        if op.out in self.stored:
+            self.body.append(f"{whole(op.out).at(index)} = {name};")
+
+    def _reduce(self, op: Loop, name: str, index: Sequence[str]) -> None:
         kept = [i for i, axis in enumerate(a for a, n in enumerate(op.shape) if n != 1) if axis not in op.axes]
-        target = whole(op.out).at([index[i] for i in kept])
-        start = {"+": "0", "max": "-std::numeric_limits<real>::infinity()", "min": "std::numeric_limits<real>::infinity()"}
-        join = (lambda x, y: f"{x} + {y}") if op.reduce == "+" else (lambda x, y, f=op.reduce: f"{f}_({y}, {x})")
-        if kept == list(range(len(kept))):
-            total = f"s{number}"
-            before[len(kept)].append(f"real {total} = {start[op.reduce]};")
-            body.append(f"{total} = {join(total, name)};")
-            after[len(kept)].append(f"{target} = {total};")
-            summed.append(f"reduction({op.reduce} : {total})")
-        else:
+        target, depth = whole(op.out).at([index[i] for i in kept]), len(kept)
+        start = {"+": "0", "max": literal(-math.inf), "min": literal(math.inf)}[op.reduce]
+        total = f"s{name}" if kept == list(range(depth)) else target
+        self.body.append(f"{total} = {f'{total} + {name}' if op.reduce == '+' else f'{op.reduce}_({name}, {total})'};")
+        if total == target:
+            # Sums along outer axes lie in memory, and may be in the way of one another if the innermost is another.
             count = math.prod(op.out.shape)
-            before[0].append(f"for (int i = 0; i < {count}; i++) {op.out.name}[i] = {start[op.reduce]};")
-            body.append(f"{target} = {join(target, name)};")
-            simple = simple and len(dims) - 1 in kept
-    lines: list[str] = ["{"]
-    for axis, count in enumerate(dims):
-        lines += before[axis]
-        if axis == len(dims) - 1 and simple:
-            lines.append(" ".join(["#pragma omp simd", *summed]))
-        lines.append(f"for (int i{axis} = 0; i{axis} < {count}; i{axis}++) {{")
-    lines += [*before[len(dims)], *body, *after[len(dims)]]
-    for axis in reversed(range(len(dims))):
-        lines += ["}", *after[axis]]
-    return [*lines, "}"]
+            self.before.setdefault(0, []).append(f"for (int i = 0; i < {count}; i++) {op.out.name}[i] = {start};")
+            self.parallel = self.parallel and len(self.dims) - 1 in kept
+        else:
+            self.before.setdefault(depth, []).append(f"real {total} = {start};")
+            self.after.setdefault(depth, []).append(f"{target} = {total};")
+            self.summed.append(f"reduction({op.reduce} : {total})")
+
+    def lines(self) -> list[str]:
+        found = ["{"]
+        for axis, count in enumerate(self.dims):
+            found += self.before.get(axis, [])
+            if axis == len(self.dims) - 1 and self.parallel:
+                found.append(" ".join(["#pragma omp simd", *self.summed]))
+            found.append(f"for (int i{axis} = 0; i{axis} < {count}; i{axis}++) {{")
+        found += self.body
+        for axis in reversed(range(len(self.dims))):
+            found += ["}", *self.after.get(axis, [])]
+        return [*found, "}"]
+
+
+def _loops(members: Sequence[Loop], stored: set[Buffer]) -> list[str]:
+    nest = _Nest(tile(members[0].shape), stored)
+    for op in members:
+        nest.add(op)
+    return nest.lines()
 
 
 def _sums(op: Running) -> list[str]:
     """Running sums, along one axis."""
-    dims = op.x.shape
+    (x,) = op.operands
+    dims = x.shape
     index = [f"i{a}" for a in range(len(dims))]
     strides = whole(op.out).strides
     here = " + ".join(f"{i} * {s}" for i, s in zip(index, strides, strict=True))
-    there = " + ".join([*(f"{i} * {s}" for i, s in zip(index, op.x.strides, strict=True)), str(op.x.offset)])
+    there = " + ".join([*(f"{i} * {s}" for i, s in zip(index, x.strides, strict=True)), str(x.offset)])
     lines = [f"for (int i{a} = 0; i{a} < {n}; i{a}++)" for a, n in enumerate(dims)]
     sum_ = f"(i{op.axis} > 0 ? {op.out.name}[{here} - {strides[op.axis]}] : real(0))"
-    return [*lines, f"    {op.out.name}[{here}] = {sum_} + {op.x.buffer.name}[{there}];"]
+    return [*lines, f"    {op.out.name}[{here}] = {sum_} + {x.buffer.name}[{there}];"]
