@@ -37,6 +37,12 @@ def built_anew() -> Iterator[None]:
 class TestNative(Scans):
     path = "native"
 
+    @pytest.mark.parametrize("refresh", [1, 4])
+    def test_a_batch_of_products(self, refresh: int) -> None:
+        """The steps of several tokens, each made orthogonal by itself."""
+        problem = self.problem_of(replace(PLAIN, refresh=refresh, learning=learning.OmegaMuon(3, steps=2)), tokens=6)
+        assert_same(outcome(problem, path="native"), outcome(problem, path="reference"), self.tolerance)
+
 
 QUICK = {
     "descent": (PLAIN, {"tokens": 37}),

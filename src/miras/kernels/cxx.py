@@ -431,22 +431,28 @@ def _put(
 
 
 def _product(t: Translation, node: Node) -> Operand:
-    """a b for a [(1), m, k] and b [(1), k, n]."""
+    """a b for a [m, k] and b [k, n], or a batch of each."""
     if any(t.values[cast(Node, x)] == 0.0 for x in node.args):
         return 0.0
     a, b = (t.ref(x) for x in node.args)
-    if a.shape[:-2] not in ((), (1,)):
-        raise Untranslatable(f"{node.target} of a batch of {a.shape[0]} matrices")
     shape = _shape(node)
     if a.shape[-1] == 1:
         return t.loop("mul", POINTWISE["mul"], shape, [a, b])
-    a, b = (x._replace(shape=x.shape[-2:], strides=x.strides[-2:]) for x in (a, b))
+    if len(shape) == 2:
+        return _matrices(t, a, b)
+    rows = [_matrices(t, *(_viewed(x, lambda y, i=i: y.select(0, i)) for x in (a, b))) for i in range(shape[0])]
+    pieces = [(i, i + 1, _viewed(x, lambda y: y.unsqueeze(0))) for i, x in enumerate(rows)]
+    return pieces[0][2] if len(pieces) == 1 else _put(t, shape, 0, pieces, 0.0)
+
+
+def _matrices(t: Translation, a: Ref, b: Ref) -> Ref:
+    """a b for two matrices."""
     name = ("product", a, b)
     if name not in t.known:
         out = Buffer((a.shape[0], b.shape[1]))
         t.operations.append(Product(out, (a, b)))
         t.known[name] = whole(out)
-    return _viewed(t.known[name], lambda x: x.view(shape))
+    return t.known[name]
 
 
 RULES: dict[str, Rule] = {
