@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 
 class Untranslatable(ValueError):
@@ -81,3 +81,25 @@ POINTWISE: dict[str, Callable[..., str]] = {
     "bitwise_not": lambda x: f"{x} == 0",
 }
 """Operations number by number."""
+
+
+def folded(name: str, numbers: Sequence[float | bool | None]) -> int | float | None:
+    """Which operand is an operation's result, or which number, where it needs no arithmetic; `numbers` are those known.
+
+    A sum with 0, a product with 0 or 1, a choice by a known condition, a first power.
+    """
+    if name == "where" and numbers[0] is not None:
+        return 1 if numbers[0] else 2
+    if name == "add" and 0 in numbers[:2]:
+        return 1 - numbers.index(0)
+    if name == "pow" and numbers[1] == 0:
+        return 1.0
+    if name == "mul" and 0 in numbers:
+        return 0.0
+    if name == "mul" and 1 in numbers:
+        return 1 - numbers.index(1)
+    if (name == "sub" and numbers[1] == 0) or (name in ("div", "pow") and numbers[1] == 1):
+        return 0
+    if name in ("neg", "div") and numbers[0] == 0:
+        return 0.0
+    return None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from torch.fx import Graph, Node
 
 from miras.choice import require
-from miras.kernels.pointwise import POINTWISE, Untranslatable, literal, power
+from miras.kernels.pointwise import POINTWISE, Untranslatable, folded, literal, power
 
 MIN_DOT = 16
 """Least width of a matrix product on tensor cores."""
@@ -174,9 +174,9 @@ class Body:
         values = [self._operand(node, x) for x in range(len(node.args))]
         if name in ("add", "sub") and "alpha" in node.kwargs:
             raise Untranslatable(f"{node.target} with alpha={node.kwargs['alpha']}")
-        folded = _folded(name, values)
-        if folded is not None:
-            return folded if isinstance(folded, Value) and folded.dims == tile(shape) else self._reshaped(node, folded)
+        found = folded(name, [x.number for x in values])
+        if found is not None:
+            return self._reshaped(node, values[found] if isinstance(found, int) else Value("", (), found))
         if all(x.number is not None for x in values):
             values[0] = Value(self.whole(values[0]), values[0].shape)
         elif name == "where" and values[1].number is not None and values[2].number is not None:
@@ -220,26 +220,6 @@ def _joint(shapes: Sequence[Sequence[int]], length: int) -> tuple[int, ...]:
     """What shapes broadcast to."""
     padded = [(*[1] * (length - len(x)), *x) for x in shapes]
     return tuple(max(column) for column in zip(*padded, strict=True)) if padded else (1,) * length
-
-
-def _folded(name: str, values: Sequence[Value]) -> Value | None:
-    """What needs no arithmetic: a sum with 0, a product with 0 or 1, a choice by a known condition, a first power."""
-    numbers = [x.number for x in values]
-    if name == "where" and numbers[0] is not None:
-        return values[1] if numbers[0] else values[2]
-    if name == "add" and 0 in numbers[:2]:
-        return values[1 - numbers.index(0)]
-    if name == "pow" and numbers[1] == 0:
-        return Value("", (), 1.0)
-    if name == "mul" and 0 in numbers:
-        return Value("", (), 0.0)
-    if name == "mul" and 1 in numbers:
-        return values[1 - numbers.index(1)]
-    if (name == "sub" and numbers[1] == 0) or (name in ("div", "pow") and numbers[1] == 1):
-        return values[0]
-    if name in ("neg", "mul", "div") and numbers[0] == 0:
-        return values[0]
-    return None
 
 
 def _view(body: Body, node: Node) -> Value:
