@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import miras
 from miras import learning, memory, retention
 from miras.kernels import native
 from tests.kernels.scan_cases import PLAIN, Scans, Sorted
-from tests.problems import assert_same, leaves, outcome, random_problem, run, with_leaves
+from tests.problems import assert_close, assert_same, leaves, outcome, random_problem, run, with_leaves
 
 
 @pytest.fixture
@@ -87,6 +89,36 @@ def test_functions_of_single_precision() -> None:
         y = torch.empty_like(x)
         getattr(library, f"{name}s")(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_long(len(x)))
         torch.testing.assert_close(y, function(x.double()).float(), rtol=5e-7, atol=2e-7, equal_nan=True)
+
+
+def moved_about(x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """What moves numbers, of x [5, 6] and y [3, 6], each read again by a product or a sum."""
+    joined = torch.cat([y, x, 2.0 * y], dim=0)
+    return (
+        joined.contiguous(),
+        torch.ops.aten.slice_backward(y.T.contiguous(), [6, 8], 1, 2, 5, 1),
+        torch.ops.aten.select_backward(x[:, 0].contiguous(), [4, 5], 0, 2),
+        x.select_scatter(y[0], 0, 3).flip([1]).cumsum(1),
+        torch.stack([y[0], y[2]], dim=1),
+        (joined.T @ joined).tril(-1).T.contiguous(),
+        joined[2:7].amax(0) + x.amin(1).mean(),
+        (x @ y.T).T.reshape(15) * 0.5,
+    )
+
+
+def test_operations_that_move_numbers() -> None:
+    given = [torch.randn(5, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)]
+    expected = moved_about(*given)
+    graph = make_fx(moved_about)(*given).graph
+    lines, size = native._body(graph, ["x", "y"], [f"r{i}" for i in range(len(expected))])
+    names = ["x", "y", *(f"r{i}" for i in range(len(expected)))]
+    pointers = [f"real *{name} = tensors[{i}];" for i, name in enumerate(names)]
+    head = ['extern "C" void run(real **tensors) {', f"real arena[{size + 1}];"]
+    library = native.built(native.source("double", [*head, *pointers, *lines, "}"]))
+    found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in expected]
+    library.run((ctypes.c_void_p * len(names))(*(x.data_ptr() for x in [*given, *found])))
+    for i, (actual, wanted) in enumerate(zip(found, expected, strict=True)):
+        assert_close(actual, wanted, f"result {i}", 1e-12)
 
 
 @pytest.mark.usefixtures("built_anew")
