@@ -34,6 +34,13 @@ class Steps(NamedTuple):
     gates: dict[str, Tensor]
     slow: dict[str, Tensor]
 
+    def split(self) -> list[Steps]:
+        """Each step by itself."""
+        axis = self.k.dim() - 2
+        gates = {name: x.split(1, axis) for name, x in self.gates.items()}
+        rows = zip(self.k.split(1, axis), self.v.split(1, axis), self.lr.split(1, axis), strict=True)
+        return [Steps(*row, {name: x[i] for name, x in gates.items()}, self.slow) for i, row in enumerate(rows)]
+
     def unbind(self) -> list[Steps]:
         """Each of a batch of blocks, along the first axis."""
         gates = {name: x.unbind() for name, x in self.gates.items()}
@@ -106,8 +113,8 @@ class Past(NamedTuple):
         return shared_product(x, self.anchor[name]) + y if name in self.anchor else y
 
     def at(self, t: int) -> Past:
-        """Step t alone, of the factors before it."""
-        return Past(self.anchor, self.slots, [c[..., t : t + 1] for c in self.carry], self.mix[..., t : t + 1, :t])
+        """Step t alone."""
+        return Past(self.anchor, self.slots, [c[..., t : t + 1] for c in self.carry], self.mix[..., t : t + 1, :])
 
 
 Substitute = Callable[[Design, dict[str, WeightShape], Steps, Past], dict[str, Factors]]
@@ -119,32 +126,29 @@ def substituted_errors(design: Design, shapes: dict[str, WeightShape], steps: St
     Step t's prediction reads each weight as it is before the step, never formed: the block's initial slots, and the
     earlier factors weighed by past.mix.
     """
-    found: dict[str, list[Factors]] = {name: [] for name in shapes}
-    for t in range(steps.k.shape[-2]):
-        here = Steps(
-            steps.k[..., t : t + 1, :],
-            steps.v[..., t : t + 1, :],
-            steps.lr.narrow(steps.k.dim() - 2, t, 1),
-            {name: gate[..., t : t + 1, :] for name, gate in steps.gates.items()},
-            steps.slow,
-        )
-        raw = raw_errors(design, shapes, here, _step_reader(past.at(t), found, shapes))
+    rows = steps.split()
+    # What multiplies the keys themselves, whose products with a block's initial slots wait for no step.
+    early: dict[str, Sequence[Tensor]] = {}
+    found = {
+        name: Factors(*(steps.k.new_zeros(*steps.k.shape[:-1], width) for width in (shape.d_in, shape.d_out)))
+        for name, shape in shapes.items()
+    }
+    for t, here in enumerate(rows):
+        now = past.at(t)
+
+        def linear(name: str, x: Tensor, t: int = t, k: Tensor = here.k, now: Past = now) -> Tensor:
+            if x is k:
+                if name not in early:
+                    early[name] = past.initial(name, steps.k, shapes[name]).split(1, dim=-2)
+                y = early[name][t]
+            else:
+                y = now.initial(name, x, shapes[name])
+            return y if t == 0 else y + masked_product(x, found[name], now.mix, shapes[name].channel_axis)
+
+        raw = raw_errors(design, shapes, here, linear)
         for name, pair in scaled(raw, here.lr, shapes).items():
-            found[name].append(pair)
-    return {name: Factors(*(torch.cat(p, dim=-2) for p in zip(*pairs, strict=True))) for name, pairs in found.items()}
-
-
-def _step_reader(now: Past, found: dict[str, list[Factors]], shapes: dict[str, WeightShape]) -> Linear:
-    """Products with the weights as they are before a step, the factors found so far being those of all earlier ones."""
-
-    def linear(name: str, x: Tensor) -> Tensor:
-        y = now.initial(name, x, shapes[name])
-        if not found[name]:
-            return y
-        earlier = Factors(*(torch.cat(part, dim=-2) for part in zip(*found[name], strict=True)))
-        return y + masked_product(x, earlier, now.mix, shapes[name].channel_axis)
-
-    return linear
+            found[name] = Factors(*(x.select_scatter(row.select(-2, 0), -2, t) for x, row in zip(found[name], pair, strict=True)))
+    return found
 
 
 class TriangularSolver:

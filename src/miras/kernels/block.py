@@ -34,7 +34,11 @@ def _unbind(x: Tensor, dim: int = 0) -> list[Tensor]:
     return [x.select(dim, index) for index in range(x.shape[dim])]
 
 
-DECOMPOSED: Any = {aten.unbind.int: _unbind} | get_decompositions(
+def _split(x: Tensor, size: int, dim: int = 0) -> list[Tensor]:
+    return [x.narrow(dim, start, min(size, x.shape[dim] - start)) for start in range(0, x.shape[dim], size)]
+
+
+DECOMPOSED: Any = {aten.unbind.int: _unbind, aten.split.Tensor: _split} | get_decompositions(
     [
         *(aten.gelu, aten.gelu_backward, aten.silu, aten.silu_backward, aten.sigmoid_backward, aten.tanh_backward),
         *(aten._softmax, aten._softmax_backward_data, aten.softshrink, aten.threshold_backward),
@@ -65,7 +69,7 @@ class Block:
 
     @property
     def blocks(self) -> int:
-        return self.design.refresh // self.length
+        return max(self.design.refresh // self.length, 1)
 
     @property
     def sequences(self) -> dict[str, tuple[int, ...]]:
@@ -96,7 +100,8 @@ class Block:
         problem = Problem(self.design, q, k, v, lr, log_decay, gates, weights, slow, shapes)
         slots = {name: [next(tensors) for _ in range(count)] for name in shapes}
         scan = Slots(slots, {name: next(tensors) if self.apart else slots[name][0] for name in shapes})
-        out = scan_run(problem, scan, Run(0, 1, self.length, ends), "recurrent" if self.design.refresh == 1 else "frozen")
+        exact = "recurrent" if self.length == 1 else "substituted"
+        out = scan_run(problem, scan, Run(0, 1, self.length, ends), exact if self.design.refresh == 1 else "frozen")
         points = [scan.point[name] for name in shapes] if self.apart else []
         return (out, *(z for name in shapes for z in scan.slots[name]), *points)
 

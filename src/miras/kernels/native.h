@@ -215,20 +215,104 @@ void product_columns(const real *a, const real *b, real *c) {
     }
 }
 
+// The same where A has rows enough that it pays to turn B, V vectors wide at a time, and go on as if it lay by rows.
+template <int V, int M, int K, int AM, int AK, int BN, int CM>
+INLINE void column_turned(const real *a, const real *b, real *c) {
+    alignas(64) real packed[K * V * W];
+    for (int j = 0; j < V; j++)
+        for (int k = 0; k < K; k += W) {
+            vec x[W];
+#pragma GCC unroll 16
+            for (int n = 0; n < W; n++) x[n] = load(b + (j * W + n) * BN + k);
+            turn(x);
+#pragma GCC unroll 16
+            for (int n = 0; n < W; n++) store(packed + (k + n) * V * W + j * W, x[n]);
+        }
+    column<V, M, K, AM, AK, V * W, CM>(a, packed, c);
+}
+
+template <int M, int N, int K, int AM, int AK, int BN, int CM>
+void product_turned(const real *a, const real *b, real *c) {
+    constexpr int V = BYTES == 64 ? 3 : 2, rest = N / W % V;
+    int j = 0;
+    for (; j + V * W <= N; j += V * W) column_turned<V, M, K, AM, AK, BN, CM>(a, b + j * BN, c + j);
+    if constexpr (rest > 0) column_turned<rest, M, K, AM, AK, BN, CM>(a, b + j * BN, c + j);
+}
+
+// One row of A and of C, B by rows: enough sums at once that none waits for its own last step.
+template <int N, int K, int AK, int BK>
+void row_by_rows(const real *a, const real *b, real *c) {
+    constexpr int V = std::min(N / W, 16), U = K % std::max(16 / V, 1) == 0 ? std::max(16 / V, 1) : 1;
+    for (int j = 0; j + V * W <= N; j += V * W) {
+        vec sum[U][V] = {};
+        for (int k = 0; k < K; k += U)
+#pragma GCC unroll 16
+            for (int u = 0; u < U; u++)
+#pragma GCC unroll 16
+                for (int n = 0; n < V; n++) sum[u][n] += a[(k + u) * AK] * load(b + (k + u) * BK + j + n * W);
+#pragma GCC unroll 16
+        for (int n = 0; n < V; n++) {
+            vec total = sum[0][n];
+#pragma GCC unroll 16
+            for (int u = 1; u < U; u++) total += sum[u][n];
+            store(c + j + n * W, total);
+        }
+    }
+    constexpr int rest = N % (V * W);
+    if constexpr (rest > 0) product_rows<1, rest, K, 0, AK, BK, rest>(a, b + N - rest, c + N - rest);
+}
+
+// One row of A and of C, B by columns: W dot products at a time.
+template <int N, int K, int BN>
+void row_by_columns(const real *a, const real *b, real *c) {
+    for (int j = 0; j < N; j += W) {
+        vec sum[W] = {};
+        for (int k = 0; k < K; k += W) {
+            vec x = load(a + k);
+#pragma GCC unroll 16
+            for (int n = 0; n < W; n++) sum[n] += x * load(b + (j + n) * BN + k);
+        }
+        // As `turn` would move them, but added up on the way: half as many vectors after each step.
+#pragma GCC unroll 4
+        for (int n = W / 2; n > 0; n /= 2)
+#pragma GCC unroll 16
+            for (int i = 0; i < n; i++) {
+                vec low, high;
+                interleave(sum[i], sum[i + n], low, high);
+                sum[i] = low + high;
+            }
+        store(c + j, sum[0]);
+    }
+}
+
+// Number by number.
+template <int M, int N, int K, int AM, int AK, int BK, int BN>
+void product_dots(const real *a, const real *b, real *c) {
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) {
+            real sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int k = 0; k < K; k++) sum += a[i * AM + k * AK] * b[k * BK + j * BN];
+            c[i * N + j] = sum;
+        }
+}
+
 template <int M, int N, int K, int AM, int AK, int BK, int BN>
 INLINE void product(const real *__restrict a, const real *__restrict b, real *__restrict c) {
-    if constexpr (BN == 1) {
+    if constexpr (N == 1 && M > 1) {
+        product<1, M, K, 0, BK, AK, AM>(b, a, c);
+    } else if constexpr (M == 1 && BN == 1 && N >= W) {
+        row_by_rows<N, K, AK, BK>(a, b, c);
+    } else if constexpr (M == 1 && AK == 1 && BK == 1 && N % W == 0 && K % W == 0) {
+        row_by_columns<N, K, BN>(a, b, c);
+    } else if constexpr (BN == 1) {
         product_rows<M, N, K, AM, AK, BK, N>(a, b, c);
+    } else if constexpr (BK == 1 && M >= 2 * W && K % W == 0 && N % W == 0) {
+        product_turned<M, N, K, AM, AK, BN, N>(a, b, c);
     } else if constexpr (BK == 1 && M % W == 0 && N % W == 0) {
         product_columns<M, N, K, AM, AK, BN, N>(a, b, c);
     } else {
-        for (int i = 0; i < M; i++)
-            for (int j = 0; j < N; j++) {
-                real sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int k = 0; k < K; k++) sum += a[i * AM + k * AK] * b[k * BK + j * BN];
-                c[i * N + j] = sum;
-            }
+        product_dots<M, N, K, AM, AK, BK, BN>(a, b, c);
     }
 }
 

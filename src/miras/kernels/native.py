@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx import Graph
 
 from miras.design import Design
 from miras.engine.problem import Problem
@@ -39,6 +40,9 @@ from miras.kernels.scan import generated, one_by_one, unhashable
 
 MAX_BLOCK = 64
 """Most gradient steps a block takes."""
+
+ONLINE_BLOCK = int(os.environ.get("OB","16"))
+"""Steps of a block with refresh 1, in which an earlier step's factors are multiplied in place of the weights they make."""
 
 MIN_WORK = 2**26
 """Products of a weight and an input that are worth the seconds of tracing and building, once a design."""
@@ -96,9 +100,14 @@ class NativePrograms:
     path = "native"
 
     def block_length(self, problem: Problem) -> int:
+        design = problem.design
+        assert design.retention is not None
         if one_by_one(problem):
             return 1
-        return max(n for n in range(1, MAX_BLOCK + 1) if problem.design.refresh % n == 0)
+        if design.refresh == 1:
+            moved = design.retention.settles or design.learning.settles or not design.retention.identity
+            return 1 if moved else ONLINE_BLOCK
+        return max(n for n in range(1, MAX_BLOCK + 1) if design.refresh % n == 0)
 
     def make(self, block: Block, needed: tuple[bool, ...] | None) -> None:
         generated(_library, block, needed)
@@ -132,7 +141,10 @@ def _run(function: Any, tensors: Sequence[Tensor], rows: int, sizes: Sequence[in
 def _library(block: Block, needed: tuple[bool, ...] | None) -> ctypes.CDLL:
     """The built programs: forward and replay, or backward for the inputs that need a gradient. Raises Untraceable."""
     if needed is None:
-        functions = [_forward(block, "forward"), _forward(block, "replay")]
+        # States between kept ones are found again, which are all kept where a block has more than one step.
+        names = ["forward", "replay"] if block.length == 1 else ["forward"]
+        graphs = {ends: traced(block, ends) for ends in _kinds(block)}
+        functions = [_forward(block, graphs, name) for name in names]
     else:
         functions = [_backward(block, needed)]
     return built(source(REALS[block.dtype], [f"constexpr int BLOCK = {block.length};", *functions]))
@@ -189,7 +201,7 @@ class _Body(NamedTuple):
     size: int
 
 
-def _body(graph: Any, inputs: Sequence[str], outputs: Sequence[str | None]) -> _Body:
+def _body(graph: Graph, inputs: Sequence[str], outputs: Sequence[str | None]) -> _Body:
     """A traced graph from pointers to pointers; an output "+x" is added to x, one that is None is not wanted."""
     shapes = [tuple(node.meta["val"].shape) for node in graph.nodes if node.op == "placeholder"]
     given = [Buffer(shape, pointer) for shape, pointer in zip(shapes, inputs, strict=True)]
@@ -221,12 +233,12 @@ def _end(value: Operand, shape: tuple[int, ...], pointer: str, outer: set[Buffer
     return Loop(Buffer(shape, pointer), shape, (value,), str)
 
 
-def _forward(block: Block, name: str) -> str:
+def _forward(block: Block, graphs: Mapping[bool, Graph], name: str) -> str:
     """The scan, which keeps the state before every `every`th block; "replay" leaves the outputs out."""
     shared, sequences, state = (_named(x) for x in (block.shared, block.sequences, block.state))
     inputs = [f"x_{x}" for x in sequences] + [f"w_{x}" for x in shared] + [f"z_{x}" for x in state]
     outputs = ["y_o" if name == "forward" else None, *(f"n_{x}" for x in state)]
-    bodies = {ends: _body(traced(block, ends), inputs, outputs) for ends in _kinds(block)}
+    bodies = {ends: _body(graph, inputs, outputs) for ends, graph in graphs.items()}
     held = {x: -(-math.prod(shape) // ALIGN) * ALIGN for x, shape in state.items()}
     size, pairs = max(x.size for x in bodies.values()), 2 * sum(held.values())
     tensors = [*sequences, *shared, *(f"{x}_{kind}" for kind in ("first", "last", "kept") for x in state), "o"]

@@ -81,7 +81,7 @@ def run_scan(problem: Problem, state: MemoryState, programs: Programs, handed: b
     apart = handed and any(x.requires_grad for x in state.point.values())
     length = programs.block_length(problem)
     start = min(-int(state.phase[0]) % refresh, total) if length > 1 else 0
-    stop = total if length == 1 else start + (total - start) // refresh * refresh
+    stop = start + (total - start) // max(refresh, length) * max(refresh, length) if length > 1 else total
     pieces: list[Tensor] = []
     for begin, end, size in ((0, start, 1), (start, stop, length), (stop, total, 1)):
         if begin < end:
