@@ -160,6 +160,14 @@ class Scans:
                 outputs.append(out.cpu())
         assert_close(torch.cat(outputs, dim=1), expected, "out", self.tolerance)
 
+    def test_sequences_at_either_gradient_point(self) -> None:
+        """Programs of designs that differ in nothing else, one after the other."""
+        for point in ("previous", "decayed"):
+            design = replace(online(PLAIN), memory=memory.Matrix(), gradient_at=point)
+            problem = self.problem_of(design, tokens=3, width=4)
+            found = home(outcome(self.moved(problem), path=self.path))
+            assert_same(found, outcome(problem, path="reference"), self.tolerance)
+
     def test_sequences_packed(self) -> None:
         problem = self.problem_of(PLAIN, tokens=21)
         borders = torch.tensor([0, 16, 21])

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import miras
-from miras import learning, memory, retention
+from miras import bias, learning, memory, retention
+from miras.design import Design
 from miras.kernels import native
-from tests.kernels.scan_cases import PLAIN, Scans, Sorted
+from tests.kernels.scan_cases import PLAIN, Scans, Sorted, online
 from tests.problems import assert_close, assert_same, leaves, outcome, random_problem, run, with_leaves
 
 
@@ -56,6 +57,39 @@ QUICK = {
 }
 
 
+MATRIX = replace(PLAIN, memory=memory.Matrix())
+
+UNROLLED = {
+    "online": (online(replace(PLAIN, bias=bias.Lp(3.0))), {"tokens": 10}),
+    "online, three layers, momentum": (online(replace(PLAIN, memory=memory.MLP(3, 1.0), learning=learning.Momentum())), {}),
+    "online, fast biases from the origin": (
+        online(replace(PLAIN, memory=memory.MLP(2, 2.0, fast_bias=True), anchor="origin")),
+        {},
+    ),
+    "online, gated": (online(replace(PLAIN, memory=memory.GatedMLP(2.0), bias=bias.Huber("norm"))), {}),
+    "online, several steps a token": (online(replace(MATRIX, learning=learning.MultiStep(2))), {}),
+    "online, at the decayed weights": (replace(online(MATRIX), gradient_at="decayed"), {}),
+    "online, implicit": (online(replace(MATRIX, bias=bias.Envelope(bias.Robust()))), {}),
+    "online, constant gradients": (online(replace(MATRIX, bias=bias.Dot())), {"tokens": 70}),
+    "links that scale": (replace(PLAIN, retention=retention.LqRms(3.5, 0.7), refresh=4), {"tokens": 14}),
+    "links that scale, momentum": (
+        replace(PLAIN, retention=retention.LqMirror(4.0), refresh=8, learning=learning.Momentum()),
+        {"tokens": 18},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "online" else pytest.mark.slow) for name in UNROLLED]
+)
+def test_steps_one_after_the_other_in_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "UNROLLED", 4)
+    design, sizes = UNROLLED[name]
+    sizes = {"tokens": 6, "width": 8, "batch": 1, "heads": 2, "slow": True, "dtype": torch.float64, **sizes}
+    problem = random_problem(design, **sizes)
+    assert_same(outcome(problem, path="native"), outcome(problem, path="reference"), 1e-9)
+
+
 @pytest.mark.parametrize("name", QUICK)
 def test_equals_reference(name: str) -> None:
     design, sizes = QUICK[name]
@@ -64,14 +98,49 @@ def test_equals_reference(name: str) -> None:
 
 
 @pytest.mark.usefixtures("as_users_build")
-@pytest.mark.parametrize("name", ["descent", pytest.param("momentum, several blocks a window", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "design",
+    [
+        pytest.param(PLAIN, id="descent"),
+        pytest.param(QUICK["momentum, several blocks a window"][0], id="momentum", marks=pytest.mark.slow),
+        pytest.param(online(PLAIN), id="online", marks=pytest.mark.slow),
+        pytest.param(replace(PLAIN, retention=retention.LqRms(4.0)), id="links that scale", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("width", [64, pytest.param(24, marks=pytest.mark.slow)], ids=["registers filled", "with a rest"])
-def test_single_precision(name: str, width: int) -> None:
+def test_single_precision(design: Design, width: int) -> None:
     """Where vectors of numbers and approximations of functions are at work."""
-    problem = random_problem(QUICK[name][0], tokens=96, width=width, batch=1, heads=2, slow=True, dtype=torch.float32)
+    problem = random_problem(design, tokens=96, width=width, batch=1, heads=2, slow=True, dtype=torch.float32)
     exact = with_leaves(problem, {key: x.double() for key, x in leaves(problem).items()})
-    expected = {key: x.float() for key, x in outcome(exact, path="frozen").items()}
+    plain = "frozen" if design.refresh > 1 else "substituted"
+    expected = {key: x.float() for key, x in outcome(exact, path=plain).items()}
     assert_same(outcome(problem, path="native"), expected, 3e-5)
+
+
+SIZES = [
+    *((1, 256, 64), (1, 64, 256), (1, 100, 40), (1, 5, 16), (1, 16, 64), (1, 48, 2), (64, 1, 64), (256, 1, 16), (5, 1, 3)),
+    *((3, 48, 40), (16, 64, 64), (16, 5, 40), (16, 80, 16), (32, 32, 32), (33, 80, 64), (40, 48, 40), (64, 256, 16)),
+]
+"""Rows and columns of C, and what is summed over: of whole vectors, and with a rest."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float", "double"])
+def test_products(dtype: torch.dtype) -> None:
+    """A by rows and by columns, and B."""
+    lines, cases = [], []
+    for m, n, k in SIZES:
+        for a in ((k, 1), (1, m)):
+            for b in ((n, 1), (1, k)):
+                call = f"product<{m}, {n}, {k}, {a[0]}, {a[1]}, {b[0]}, {b[1]}>"
+                lines.append(f"case {len(cases)}: {call}(a, b, c); break;")
+                cases.append((m, n, k, a, b))
+    head = 'extern "C" void run(real **tensors, long number) { real *a = tensors[0], *b = tensors[1], *c = tensors[2]; switch (number) {'
+    library = native.built(native.source(native.REALS[dtype], [head, *lines, "}}"]))
+    for number, (m, n, k, a, b) in enumerate(cases):
+        x, y, found = torch.randn(m * k, dtype=dtype), torch.randn(k * n, dtype=dtype), torch.full((m, n), 7.0, dtype=dtype)
+        library.run((ctypes.c_void_p * 3)(*(t.data_ptr() for t in (x, y, found))), ctypes.c_long(number))
+        expected = x.double().as_strided((m, k), a) @ y.double().as_strided((k, n), b)
+        torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 1e-12)
 
 
 FUNCTIONS = {"exp_": torch.exp, "log_": torch.log, "erf_": torch.erf, "tanh_": torch.tanh}

@@ -147,7 +147,9 @@ def substituted_errors(design: Design, shapes: dict[str, WeightShape], steps: St
 
         raw = raw_errors(design, shapes, here, linear)
         for name, pair in scaled(raw, here.lr, shapes).items():
-            found[name] = Factors(*(x.select_scatter(row.select(-2, 0), -2, t) for x, row in zip(found[name], pair, strict=True)))
+            found[name] = Factors(
+                *(x.select_scatter(row.select(-2, 0), -2, t) for x, row in zip(found[name], pair, strict=True))
+            )
     return found
 
 

@@ -100,8 +100,8 @@ class Block:
         problem = Problem(self.design, q, k, v, lr, log_decay, gates, weights, slow, shapes)
         slots = {name: [next(tensors) for _ in range(count)] for name in shapes}
         scan = Slots(slots, {name: next(tensors) if self.apart else slots[name][0] for name in shapes})
-        exact = "recurrent" if self.length == 1 else "substituted"
-        out = scan_run(problem, scan, Run(0, 1, self.length, ends), exact if self.design.refresh == 1 else "frozen")
+        moving = self.length > 1 and self.design.refresh == 1 and not constant_gradients(self.design)
+        out = scan_run(problem, scan, Run(0, 1, self.length, ends), "substituted" if moving else "frozen")
         points = [scan.point[name] for name in shapes] if self.apart else []
         return (out, *(z for name in shapes for z in scan.slots[name]), *points)
 
@@ -120,6 +120,12 @@ class Block:
         """Inputs to trace with."""
         shapes = [(1, 1, *x) for x in self.sequences.values()] + [(1, *x) for x in self.shared.values()]
         return [torch.zeros(x, dtype=self.dtype) for x in [*shapes, *((1, 1, *x) for x in self.state.values())]]
+
+
+def constant_gradients(design: Design) -> bool:
+    """Whether gradients are the same at any weights."""
+    assert design.memory is not None
+    return design.memory.linear and design.bias.slope == "constant"
 
 
 def identifier(name: str) -> str:

@@ -105,8 +105,9 @@ def run_fused(problem: Problem, state: MemoryState, tile: int, compiled: bool, h
 
 
 def facts_of(design: Design) -> tuple[object, ...]:
-    """What of a design the engine's arithmetic depends on at refresh > 1."""
-    return (design.memory, design.bias, design.retention, design.learning, design.refresh, design.link_at, design.anchor)
+    """What of a design the engine's arithmetic depends on."""
+    choices = (design.memory, design.bias, design.retention, design.learning)
+    return (*choices, design.refresh, design.gradient_at, design.link_at, design.anchor)
 
 
 def unfit(design: Design) -> str | None:

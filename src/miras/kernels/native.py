@@ -4,9 +4,10 @@ A thread takes a sequence and head from its first token to its last, so that wha
 memory's weights, stay in the caches of its core, and threads wait for one another at the end only. Programs are generated
 from the traced block by `cxx`, know nothing of the batch or the length, take seconds to build, and are kept on disk.
 
-Blocks have as many steps as a window, or its largest divisor up to `MAX_BLOCK`, and then the state before every block is
-kept for the backward pass. With refresh 1, links at every token, or rates and decays per channel they have one step, and
-the states of the square root of their number are kept.
+Blocks have as many steps as a window, or its largest divisor up to `MAX_BLOCK`, and with refresh 1 `UNROLLED`; the state
+before every block is kept for the backward pass. Links at every token that are not numbers times the weights, rates and
+decays per channel, and, with refresh 1, links and states that settle have blocks of one step, and then the states of the
+square root of their number are kept.
 """
 
 from __future__ import annotations
@@ -31,18 +32,22 @@ from torch.fx import Graph
 
 from miras.design import Design
 from miras.engine.problem import Problem
-from miras.kernels.block import Block, identifier, pulled, traced
+from miras.kernels.block import Block, constant_gradients, identifier, pulled, traced
 from miras.kernels.cxx import Translation
 from miras.kernels.fused import too_little
 from miras.kernels.graph import Untraceable
-from miras.kernels.loops import Buffer, Loop, Operand, Ref, schedule, turned, whole, write
+from miras.kernels.loops import Buffer, Loop, Operand, Ref, recomputed, schedule, turned, whole, write
 from miras.kernels.scan import generated, one_by_one, unhashable
 
 MAX_BLOCK = 64
-"""Most gradient steps a block takes."""
+"""Most gradient steps of a block that takes them at once."""
 
-ONLINE_BLOCK = int(os.environ.get("OB","16"))
-"""Steps of a block with refresh 1, in which an earlier step's factors are multiplied in place of the weights they make."""
+UNROLLED = 16
+"""Most steps of a block that takes them one after the other: with refresh 1, whose weights between them are never formed
+(`substituted_errors`), and where weights are linked at every token by a number, which is found without keeping them.
+
+More take longer to build; with fewer, more states are kept.
+"""
 
 MIN_WORK = 2**26
 """Products of a weight and an input that are worth the seconds of tracing and building, once a design."""
@@ -81,16 +86,11 @@ def unprofitable(design: Design, work: int | None, rows: int | None, *, per_chan
 
     But for the number of rows, measured: two cores, d = 64, T = 2,048 (512 for rates per channel), forward and backward.
     """
-    assert design.memory is not None and design.retention is not None
+    assert design.memory is not None
     if rows is not None and rows < torch.get_num_threads():
         return f"{rows} sequences and heads leave some of {torch.get_num_threads()} threads without work"
-    scaled = design.link_at == "token" and design.retention.scales and not design.retention.identity
-    if scaled and design.refresh > 1:
-        return f"retention {design.retention.kind} is linked at every token, which takes blocks of one step here"
     if per_channel and not design.memory.linear:
-        return "rates and decays per channel take blocks of one step here"
-    if design.memory.linear and design.bias.slope == "constant" and not per_channel and design.refresh == 1:
-        return f"the gradient of bias {design.bias.kind} is the same at any weights: nothing stands between the products"
+        return "rates and decays per channel take blocks of one step"
     return too_little(work, MIN_WORK)
 
 
@@ -102,12 +102,15 @@ class NativePrograms:
     def block_length(self, problem: Problem) -> int:
         design = problem.design
         assert design.retention is not None
-        if one_by_one(problem):
+        if one_by_one(problem, scales=True):
+            return 1
+        linked = not design.retention.identity
+        if design.refresh == 1 and (linked or design.retention.settles or design.learning.settles):
             return 1
         if design.refresh == 1:
-            moved = design.retention.settles or design.learning.settles or not design.retention.identity
-            return 1 if moved else ONLINE_BLOCK
-        return max(n for n in range(1, MAX_BLOCK + 1) if design.refresh % n == 0)
+            return MAX_BLOCK if constant_gradients(design) else UNROLLED
+        most = UNROLLED if linked and design.link_at == "token" else MAX_BLOCK
+        return max(n for n in range(1, most + 1) if design.refresh % n == 0)
 
     def make(self, block: Block, needed: tuple[bool, ...] | None) -> None:
         generated(_library, block, needed)
@@ -213,11 +216,15 @@ def _body(graph: Graph, inputs: Sequence[str], outputs: Sequence[str | None]) ->
     for value, (_, shape, pointer) in zip(values, wanted, strict=True):
         end = _end(value, shape, pointer, outer)
         if isinstance(end, Loop):
-            translation.operations.append(end)
+            # Where its operand is made, so that the two can run as one.
+            makers = [
+                i + 1 for i, op in enumerate(translation.operations) if isinstance(value, Ref) and value.buffer is op.out
+            ]
+            translation.operations.insert(makers[-1] if makers else 0, end)
             end = end.out
         outer.add(end)
         ends.append(end)
-    return _Body(*write(schedule(translation.operations, ends), outer, ALIGN))
+    return _Body(*write(recomputed(schedule(translation.operations, ends), ends), outer, ALIGN))
 
 
 def _end(value: Operand, shape: tuple[int, ...], pointer: str, outer: set[Buffer]) -> Buffer | Loop:

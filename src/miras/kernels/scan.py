@@ -16,6 +16,7 @@ from torch import Tensor
 
 from miras.design import Design
 from miras.engine.problem import MemoryState, Problem
+from miras.kernels import space
 from miras.kernels.block import Block
 from miras.kernels.fused import facts_of
 from miras.kernels.graph import Untraceable
@@ -61,11 +62,14 @@ def unhashable(design: Design) -> str | None:
     return None
 
 
-def one_by_one(problem: Problem) -> bool:
-    """Whether a block can have one step only: links that move at every token, rates or decays per channel."""
+def one_by_one(problem: Problem, *, scales: bool) -> bool:
+    """Whether a block can have one step only: rates or decays per channel, links that move at every token.
+
+    `scales`: but for those that scale weights, whose numbers a block can find without the weights of every step.
+    """
     design = problem.design
     assert design.retention is not None
-    linked = design.link_at == "token" and not design.retention.identity
+    linked = design.link_at == "token" and not design.retention.identity and not (scales and design.retention.scales)
     return linked or max(problem.lr.dim(), problem.log_decay.dim()) > 3
 
 
@@ -81,7 +85,8 @@ def run_scan(problem: Problem, state: MemoryState, programs: Programs, handed: b
     apart = handed and any(x.requires_grad for x in state.point.values())
     length = programs.block_length(problem)
     start = min(-int(state.phase[0]) % refresh, total) if length > 1 else 0
-    stop = start + (total - start) // max(refresh, length) * max(refresh, length) if length > 1 else total
+    step = max(refresh, length)
+    stop = start + (total - start) // step * step if length > 1 else total
     pieces: list[Tensor] = []
     for begin, end, size in ((0, start, 1), (start, stop, length), (stop, total, 1)):
         if begin < end:
@@ -146,7 +151,7 @@ class Scan(NamedTuple):
         count = -(-steps // every)
         last = [torch.empty_like(x) for x in states]
         if kept is None:
-            kept = [x.new_empty(*rows, count, *x.shape[2:]) for x in states]
+            kept = [space.empty(x, (*rows, count, *x.shape[2:])) for x in states]
         out = flat[2].new_empty(flat[2].shape if read else (1,))
         sizes = {"begin": begin, "steps": steps, "total": total, "phase": self.phase, "heads": self.heads}
         sizes |= {"every": every, "kept": count, "read": int(read)}

@@ -109,7 +109,7 @@ class TritonPrograms:
     path = "triton"
 
     def block_length(self, problem: Problem) -> int:
-        if one_by_one(problem):
+        if one_by_one(problem, scales=False):
             return 1
         widest = max(max(shape.d_in, shape.d_out) for shape in problem.shapes.values())
         length = math.gcd(problem.design.refresh, max(MIN_BLOCK, min(MAX_BLOCK, MAX_WORK // widest)))
