@@ -30,8 +30,8 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "yaad": ("Yaad", "yaad --peers floor"),
     "moneta": ("Moneta", "moneta --peers floor"),
     "memora": ("Memora", "memora --peers floor"),
-    "refresh1": ("Exact online: refresh 1", f"{PLAIN} --refresh 1 --peers floor --repeats 3"),
-    "delta": ("Gated DeltaNet", "gated_deltanet --peers floor,delta-rule,sdpa"),
+    "refresh1": ("Exact online: refresh 1", f"{PLAIN} --refresh 1 --path fused --peers floor --repeats 3"),
+    "delta": ("Gated DeltaNet", "gated_deltanet --path triangular --peers floor,delta-rule,sdpa"),
     "link_token": ("Moneta's link at every token", "moneta link_at=token --mode forward+backward --peers floor --repeats 3"),
     "scaling": (
         "Sequence length",
@@ -78,8 +78,10 @@ def summary(found: dict[str, Results]) -> list[tuple[str, Measurement, Measureme
     long, short = (pick(scaling, "miras", tokens=t) for t in (16384, 2048))
     rows.append(("ours at 16,384 tokens / ours at 2,048", long, short))
     rows.append(("sdpa / ours at 16,384 tokens", pick(scaling, "sdpa", tokens=16384), long))
+    for refresh in (16, 64):
+        momentum = pick(found["momentum"], "miras", refresh)
+        rows.append((f"momentum / plain descent, refresh {refresh} *", momentum, pick(plain, "miras", refresh)))
     ours = pick(plain, "miras", 16)
-    rows.append(("momentum / plain descent, refresh 16 *", pick(found["momentum"], "miras", 16), ours))
     rows.append(("refresh 1 / refresh 16 *", pick(found["refresh1"], "miras"), ours))
     delta = found["delta"]
     rows.append(("gated delta rule / its triangular form in torch", pick(delta, "miras"), pick(delta, "delta-rule")))
@@ -137,11 +139,10 @@ cores: read ratios within a section, and their spread. The page is written by
 
     python benchmarks/speed.py --out docs/results/speed.md
 
-- `miras` is our default path, "native" in all sections but Moneta's link at every token ("fused") and decoding; `fused`
-  our path by torch.compile; `frozen` that block by block in eager PyTorch; `floor` the same matrix products alone
-  (`torch.bmm` on reused operands; with a backward pass two more a product, and the forward ones once more, as if
-  recomputed); `ttt-mlp` the published formulation of TTT-MLP,
-  written anew in `src/miras/bench/ttt_mlp.py`; `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the
+- `miras` is our default path, "native" in all sections but decoding; `fused` our path by torch.compile; `frozen` that block
+  by block in eager PyTorch; `triangular` a linear memory's errors from one triangular solve a block; `floor` the same
+  matrix products alone (`torch.bmm` on reused operands; with a backward pass two more a product, and the forward ones once
+  more, as if recomputed); `ttt-mlp` the published formulation of TTT-MLP, written anew in `src/miras/bench/ttt_mlp.py`; `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the
   refresh (one rate and decay a chunk: coarser, and much faster, than one a token), without its projections of q, k and v;
   `delta-rule` the gated delta rule by triangular solves in plain torch, `src/miras/bench/delta_rule.py`;
   `sdpa` PyTorch's causal attention.

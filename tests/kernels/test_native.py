@@ -134,8 +134,8 @@ def test_products(dtype: torch.dtype) -> None:
                 call = f"product<{m}, {n}, {k}, {a[0]}, {a[1]}, {b[0]}, {b[1]}>"
                 lines.append(f"case {len(cases)}: {call}(a, b, c); break;")
                 cases.append((m, n, k, a, b))
-    head = 'extern "C" void run(real **tensors, long number) { real *a = tensors[0], *b = tensors[1], *c = tensors[2]; switch (number) {'
-    library = native.built(native.source(native.REALS[dtype], [head, *lines, "}}"]))
+    head = ['extern "C" void run(real **tensors, long number) {', "real *a = tensors[0], *b = tensors[1], *c = tensors[2];"]
+    library = native.built(native.source(native.REALS[dtype], [*head, "switch (number) {", *lines, "}}"]))
     for number, (m, n, k, a, b) in enumerate(cases):
         x, y, found = torch.randn(m * k, dtype=dtype), torch.randn(k * n, dtype=dtype), torch.full((m, n), 7.0, dtype=dtype)
         library.run((ctypes.c_void_p * 3)(*(t.data_ptr() for t in (x, y, found))), ctypes.c_long(number))

@@ -271,12 +271,10 @@ def _with_copies(members: list[Loop], made: dict[Buffer, Loop]) -> list[Loop]:
     def copied(op: Loop) -> Loop:
         operands = list(op.operands)
         for i, x in enumerate(operands):
-            source = made.get(x.buffer) if isinstance(x, Ref) and x.buffer not in inside else None
-            if source is None or not _aligned(source, op, x):
+            if not isinstance(x, Ref) or x.buffer in inside or x.buffer not in made or not _aligned(made[x.buffer], op, x):
                 continue
-            assert isinstance(x, Ref)
             if x.buffer not in copies:
-                copies[x.buffer] = copied(replace(source, out=Buffer(source.out.shape)))
+                copies[x.buffer] = copied(replace(made[x.buffer], out=Buffer(x.buffer.shape)))
                 order.append(copies[x.buffer])
             operands[i] = x._replace(buffer=copies[x.buffer].out)
         return replace(op, operands=tuple(operands))
