@@ -142,10 +142,10 @@ cores: read ratios within a section, and their spread. The page is written by
 - `miras` is our default path, "native" in all sections but decoding; `fused` our path by torch.compile; `frozen` that block
   by block in eager PyTorch; `triangular` a linear memory's errors from one triangular solve a block; `floor` the same
   matrix products alone (`torch.bmm` on reused operands; with a backward pass two more a product, and the forward ones once
-  more, as if recomputed); `ttt-mlp` the published formulation of TTT-MLP, written anew in `src/miras/bench/ttt_mlp.py`; `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the
-  refresh (one rate and decay a chunk: coarser, and much faster, than one a token), without its projections of q, k and v;
-  `delta-rule` the gated delta rule by triangular solves in plain torch, `src/miras/bench/delta_rule.py`;
-  `sdpa` PyTorch's causal attention.
+  more, as if recomputed); `ttt-mlp` the published formulation of TTT-MLP, written anew in `src/miras/bench/ttt_mlp.py`;
+  `titans-pytorch` its NeuralMemory 0.5.5, chunk_size and batch_size the refresh (one rate and decay a chunk: coarser, and
+  much faster, than one a token), without its projections of q, k and v; `delta-rule` the gated delta rule by triangular
+  solves in plain torch, `src/miras/bench/delta_rule.py`; `sdpa` PyTorch's causal attention.
 - ms: median of the repeats, then the lowest and the highest. tokens/s: all sequences together. GFLOP/s: matrix products
   only, nothing counted twice (the floor's: all that it computes); `of GEMM` divides by the floor's rate. peak MB: resident
   memory of one repeat above its inputs, in a fresh process. `x miras`: time over ours.
