@@ -50,6 +50,8 @@ RATIOS = (
     Ratio("refresh 64 / matrix products", f"{PLAIN} refresh=64", "floor"),
     Ratio("momentum, refresh 16 / TTT-MLP", "titans_lmm refresh=16", "ttt-mlp"),
     Ratio("Yaad, refresh 64 / matrix products", "yaad refresh=64", "floor"),
+    Ratio("refresh 1 / matrix products", f"{PLAIN} refresh=1", "floor"),
+    Ratio("Moneta, link at every token / matrix products", "moneta link_at=token", "floor"),
     Ratio("Gated DeltaNet / softmax attention", "gated_deltanet", "sdpa"),
 )
 

@@ -2,6 +2,7 @@
 
 turned       every matrix that is only read as a transpose is made to be that one
 schedule     which loops run as one: those over the same numbers, none of which reads what another one turns or sums
+recomputed   what is made again where it is read, since that is less to fetch
 write        their text; what stands between statements lies in one arena, whose places are used again
 """
 
@@ -234,10 +235,10 @@ def recomputed(statements: Sequence[Statement], results: Sequence[Buffer]) -> li
             statement = _with_copies(statement, made)
             made |= {op.out: op for op in statement if not op.reduce and _cheap(op)}
         found.append(statement)
-    return _read_again(found, results)
+    return _needed(found, results)
 
 
-def _read_again(statements: Sequence[Statement], results: Sequence[Buffer]) -> list[Statement]:
+def _needed(statements: Sequence[Statement], results: Sequence[Buffer]) -> list[Statement]:
     """Without loops whose numbers nothing reads any more."""
     read, found = set(results), list[Statement]()
     for statement in reversed(statements):
@@ -264,6 +265,8 @@ def _cheap(op: Loop) -> bool:
 
 def _with_copies(members: list[Loop], made: dict[Buffer, Loop]) -> list[Loop]:
     """Loops that run as one, with copies of those among `made` that they read, if they then read fewer matrices."""
+    if math.prod(members[0].shape) < OUT_OF_REACH:
+        return members
     inside = {op.out for op in members}
     copies: dict[Buffer, Loop] = {}
     order: list[Loop] = []
@@ -280,9 +283,7 @@ def _with_copies(members: list[Loop], made: dict[Buffer, Loop]) -> list[Loop]:
         return replace(op, operands=tuple(operands))
 
     changed = [copied(op) for op in members]
-    if math.prod(members[0].shape) < OUT_OF_REACH or _read(order + changed) >= _read(members):
-        return members
-    return order + changed
+    return order + changed if _read(order + changed) < _read(members) else members
 
 
 def _read(members: Sequence[Loop]) -> int:
