@@ -112,7 +112,7 @@ def _step_flops(design: Design, shape: Shape, inner: bool, path: str, length: in
         solved = length * (pair + 2 * design.learning.slots * shape[0])
         error = 0 if design.bias.slope == "constant" else start + solved
     elif path == "substituted":
-        error = passes * (start + (length - 1) / 2 * pair)
+        error = passes * (start + (length - 1) * pair)
     else:
         error = passes * product
     token = design.link_at == "token"

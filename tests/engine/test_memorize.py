@@ -243,12 +243,8 @@ class Listed(bias.L2):
 
 EXPLAINED = {
     "native": (YAAD, {"attention", "triangular", "substituted", "recurrent"}),
-    "triangular": (replace(DELTA, bias=bias.Dot()), {"attention", "native", "frozen"}),
+    "triangular": (replace(DELTA, bias=Listed([1.0])), {"attention", "native", "fused", "frozen"}),
     "substituted": (replace(YAAD, refresh=1, bias=Listed([1.0])), {"attention", "native", "triangular", "fused", "frozen"}),
-    "fused": (
-        replace(YAAD, retention=retention.LqRms(), link_at="token"),
-        {"attention", "native", "triangular", "substituted", "recurrent"},
-    ),
     "frozen": (
         replace(YAAD, memory=memory.Matrix(), bias=Listed([1.0])),
         {"attention", "native", "triangular", "substituted", "fused", "recurrent"},

@@ -210,6 +210,16 @@ def test_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "for CPUs, not for cuda" in miras.explain(PLAIN, device="cuda").refusals["native"]
 
 
+def test_where_it_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "compiler", lambda: "g++")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert miras.engine.plan(PLAIN, rows=4).path == "native"
+    assert "3 sequences and heads leave some of 4 threads" in miras.engine.plan(PLAIN, rows=3).refusals["native"]
+    assert "blocks of one step" in miras.engine.plan(PLAIN, per_channel=True).refusals["native"]
+    assert miras.engine.plan(MATRIX, per_channel=True).path == "native"
+    assert "native" in miras.engine.plan(PLAIN, work=native.MIN_WORK - 1).refusals
+
+
 @pytest.mark.usefixtures("built_anew")
 def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIRAS_CACHE_DIR", str(tmp_path))

@@ -184,10 +184,12 @@ class _Block:
             sides = ((f.d_in, f.d_out), (f.d_out, f.d_in)) if f.inner else ((f.d_in, f.d_out),)
             for d_in, d_out in sides:
                 there = f._replace(d_in=d_in, d_out=d_out)
-                yield from self._weights(there, 1, run.blocks * run.length)
-                for past in range(1, run.length):
-                    yield Product(rows, 1, d_in, past, run.blocks)
-                    yield Product(rows, 1, past, d_out, run.blocks)
+                # What multiplies keys is read for all steps at once.
+                length = 1 if f.inner or f.constant else run.length
+                yield from self._weights(there, length, run.blocks * run.length // length)
+                steps = run.blocks * (run.length - 1)
+                yield Product(rows, 1, d_in, run.length, steps)
+                yield Product(rows, 1, run.length, d_out, steps)
 
     def _weights(self, f: Factor, length: int, times: int) -> Iterator[Product]:
         """x times the anchor, one large product a head, and times every slot."""
