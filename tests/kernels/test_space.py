@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from miras.bench.measure import _release
 from miras.kernels import space
 
 
@@ -43,6 +44,14 @@ def test_memory_that_does_not_fit_is_given_back() -> None:
     del larger
     smaller = space.empty(LIKE, (10,))
     assert space._free == [] and smaller.shape == (10,)
+
+
+def test_peak_memory_counts_what_was_kept() -> None:
+    x = space.empty(LIKE, (8,))
+    del x
+    assert space._free
+    _release()
+    assert space._free == []
 
 
 def test_memory_of_less_is_not_kept() -> None:

@@ -25,6 +25,7 @@ from miras.bench.case import DECODED, Case
 from miras.bench.contenders import Contender, Work
 from miras.bench.delta_rule import BLOCK
 from miras.choice import require
+from miras.kernels import space
 from miras.train.callbacks import peak_memory as process_peak
 from miras.train.callbacks import reset_peak_memory
 
@@ -218,6 +219,7 @@ def _peak(contender: Contender, case: Case, mode: str, threads: int) -> int:
 
 def _release() -> None:
     """Give freed memory back to the system: what a repeat takes of it would not show."""
+    space.forget()
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
