@@ -24,9 +24,9 @@ ALL = "--peers floor,ttt-mlp,titans-pytorch,sdpa"
 SECTIONS: dict[str, tuple[str, str]] = {
     "plain": (
         "MLP 64->256->64, L2, gradient descent (Titans without momentum)",
-        f"{PLAIN} --refresh 16,64 --path fused --path frozen {ALL} --repeats 3",
+        f"{PLAIN} --refresh 16,64 --path fused --path frozen {ALL} --repeats 5",
     ),
-    "momentum": ("The same with momentum (Titans)", "titans_lmm --refresh 16,64 --peers floor --repeats 3"),
+    "momentum": ("The same with momentum (Titans)", "titans_lmm --refresh 16,64 --peers floor --repeats 5"),
     "yaad": ("Yaad", "yaad --peers floor"),
     "moneta": ("Moneta", "moneta --peers floor"),
     "memora": ("Memora", "memora --peers floor"),
