@@ -73,7 +73,7 @@ UNROLLED = {
     "online, constant gradients": (online(replace(MATRIX, bias=bias.Dot())), {"tokens": 70}),
     "links that scale": (replace(PLAIN, retention=retention.LqRms(3.5, 0.7), refresh=4), {"tokens": 14}),
     "links that scale, momentum": (
-        replace(PLAIN, retention=retention.LqMirror(4.0), refresh=8, learning=learning.Momentum()),
+        replace(PLAIN, retention=retention.Lq(4.0), refresh=8, learning=learning.Momentum()),
         {"tokens": 18},
     ),
 }
