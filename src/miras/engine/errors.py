@@ -126,14 +126,13 @@ def substituted_errors(design: Design, shapes: dict[str, WeightShape], steps: St
     Step t's prediction reads each weight as it is before the step, never formed: the block's initial slots, and the
     earlier factors weighed by past.mix.
     """
-    rows = steps.split()
     # What multiplies the keys themselves, whose products with a block's initial slots wait for no step.
     early: dict[str, Sequence[Tensor]] = {}
     found = {
         name: Factors(*(steps.k.new_zeros(*steps.k.shape[:-1], width) for width in (shape.d_in, shape.d_out)))
         for name, shape in shapes.items()
     }
-    for t, here in enumerate(rows):
+    for t, here in enumerate(steps.split()):
         now = past.at(t)
 
         def linear(name: str, x: Tensor, t: int = t, k: Tensor = here.k, now: Past = now) -> Tensor:
