@@ -13,6 +13,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 
@@ -29,6 +32,13 @@ typedef real loose __attribute__((vector_size(BYTES), aligned(sizeof(real)), may
 
 INLINE vec load(const real *x) { return *(const loose *)x; }
 INLINE void store(real *x, vec y) { *(loose *)x = y; }
+#if defined(__AVX512F__)
+INLINE void stream(real *x, vec y) { _mm512_stream_si512((__m512i *)x, (__m512i)y); }
+#elif defined(__AVX__)
+INLINE void stream(real *x, vec y) { _mm256_stream_si256((__m256i *)x, (__m256i)y); }
+#elif defined(__SSE2__)
+INLINE void stream(real *x, vec y) { _mm_stream_si128((__m128i *)x, (__m128i)y); }
+#endif
 
 // ---- functions of a number, without branches, so that loops over them become vectors
 
@@ -322,6 +332,19 @@ INLINE void large_pages(real *x, long count) {
     const uintptr_t page = 1 << 21, begin = ((uintptr_t)x + page - 1) / page * page, end = (uintptr_t)(x + count) / page * page;
     if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// A copy of numbers that are not read again for long: past the caches, where a store would first fetch what it overwrites.
+template <long COUNT>
+INLINE void keep(real *to, const real *from) {
+#if defined(__SSE2__)
+    if (COUNT % W == 0 && (uintptr_t)to % BYTES == 0) {
+        for (long i = 0; i < COUNT; i += W) stream(to + i, load(from + i));
+        _mm_sfence();
+        return;
+    }
+#endif
+    std::memcpy(to, from, COUNT * sizeof(real));
 }
 
 // ---- rows of the batch, shared among threads; each thread has `arena` numbers to itself

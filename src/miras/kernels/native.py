@@ -168,7 +168,7 @@ def built(source: str) -> ctypes.CDLL:
 
     It lies in $MIRAS_CACHE_DIR, or else in ~/.cache/miras; $MIRAS_CXXFLAGS are its last flags. Raises Untraceable.
     """
-    command = [str(compiler()), *shlex.split(FLAGS), _target(), *shlex.split(os.environ.get("MIRAS_CXXFLAGS", ""))]
+    command = [str(compiler()), *shlex.split(FLAGS), *_target(), *shlex.split(os.environ.get("MIRAS_CXXFLAGS", ""))]
     key = hashlib.sha256("\n".join([source, *command, _macros()]).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("MIRAS_CACHE_DIR") or Path.home() / ".cache" / "miras") / "native"
     library = folder / f"{key}.so"
@@ -185,15 +185,17 @@ def built(source: str) -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def _target() -> str:
-    """The flag that compiles for this processor."""
-    return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+def _target() -> tuple[str, ...]:
+    """The flags that compile for this processor, with the widest vectors that it has."""
+    if platform.machine() in ("arm64", "aarch64"):
+        return ("-mcpu=native",)
+    return ("-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []))
 
 
 @functools.cache
 def _macros() -> str:
     """What the compiler says of itself and of this processor."""
-    command = [str(compiler()), _target(), "-dM", "-E", "-x", "c++", os.devnull]
+    command = [str(compiler()), *_target(), "-dM", "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
@@ -253,19 +255,19 @@ def _forward(block: Block, graphs: Mapping[bool, Graph], name: str) -> str:
     lines = [*_head(name, tensors, FORWARD_SIZES, size + pairs, before), *_at(shared, "head", "w_")]
     lines.append(f"real *arena = memory + {pairs};")
     begin = 0
+    # The state goes to and fro between two places.
     for x, shape in state.items():
         count = math.prod(shape)
-        # Between blocks whose states are kept, the state goes to and fro between two places.
-        lines += [f"real *pair_{x} = memory + {begin};", f"real *z_{x} = t_{x}_kept + row * kept * {count};"]
+        lines += [f"real *pair_{x} = memory + {begin};", f"real *z_{x} = pair_{x};"]
         lines.append(f"std::memcpy(z_{x}, t_{x}_first + row * {count}, {count} * sizeof(real));")
         begin += 2 * held[x]
-    lines += ["for (long step = begin; step < begin + steps; step++) {", "long next = step + 1 - begin;"]
+    lines += ["for (long step = begin; step < begin + steps; step++) {", "const long here = step - begin;"]
     lines += ["long time = row * total + step * BLOCK;", *_at(sequences, "time", "x_", "", per_step=True)]
     lines.append(f"real *y_o = t_o + time * {block.widths[1]};")
     for x, shape in state.items():
         count = math.prod(shape)
-        there = f"next % every == 0 ? t_{x}_kept + (row * kept + next / every) * {count} : pair_{x} + next % 2 * {held[x]}"
-        lines.append(f"real *n_{x} = next == steps ? t_{x}_last + row * {count} : {there};")
+        lines.append(f"if (here % every == 0) keep<{count}>(t_{x}_kept + (row * kept + here / every) * {count}, z_{x});")
+        lines.append(f"real *n_{x} = here + 1 == steps ? t_{x}_last + row * {count} : pair_{x} + (here + 1) % 2 * {held[x]};")
     lines += [*_branches(block, bodies), *(f"z_{x} = n_{x};" for x in state), "}", "});", "}"]
     return "\n".join(lines)
 
