@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import miras
 from miras import bias, learning, memory, retention
 from miras.design import Design
-from miras.kernels import loops, native
+from miras.kernels import native, recompute
 from tests.kernels.scan_cases import PLAIN, Scans, Sorted, online
 from tests.problems import assert_close, assert_same, leaves, outcome, random_problem, run, with_leaves
 
@@ -86,7 +86,7 @@ UNROLLED = {
 def test_steps_one_after_the_other_in_a_block(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As with large matrices, of which as few as possible are read again."""
     monkeypatch.setattr(native, "UNROLLED", 4)
-    monkeypatch.setattr(loops, "OUT_OF_REACH", 0)
+    monkeypatch.setattr(recompute, "OUT_OF_REACH", 0)
     design, sizes = UNROLLED[name]
     sizes = {"tokens": 6, "width": 8, "batch": 1, "heads": 2, "slow": True, "dtype": torch.float64, **sizes}
     problem = random_problem(design, **sizes)

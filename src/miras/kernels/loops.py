@@ -2,7 +2,6 @@
 
 turned       every matrix that is only read as a transpose is made to be that one
 schedule     which loops run as one: those over the same numbers, none of which reads what another one turns or sums
-recomputed   what is made again where it is read, since that is less to fetch
 write        their text; what stands between statements lies in one arena, whose places are used again
 """
 
@@ -10,16 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Text = Callable[..., str]
-
-
-OUT_OF_REACH = 2**13
-"""Numbers of a matrix that is no longer in the cache next to the core when it is read again."""
 
 
 @dataclass(eq=False)
@@ -181,7 +175,7 @@ def schedule(operations: Sequence[Operation], results: Sequence[Buffer]) -> list
             source = maker.get(x.buffer) if isinstance(x, Ref) else None
             if isinstance(source, Loop) and source in waiting:
                 assert isinstance(x, Ref)
-                found.append((source, isinstance(op, Loop) and _aligned(source, op, x)))
+                found.append((source, isinstance(op, Loop) and aligned(source, op, x)))
         return found
 
     def closure(op: Loop) -> tuple[set[Loop], Loop | None]:
@@ -221,76 +215,9 @@ def schedule(operations: Sequence[Operation], results: Sequence[Buffer]) -> list
     return done
 
 
-def _aligned(source: Loop, op: Loop, x: Ref) -> bool:
+def aligned(source: Loop, op: Loop, x: Ref) -> bool:
     """Whether `op` reads of `source` the very number that it gives at the same index."""
     return not source.reduce and tile(source.shape) == tile(op.shape) and x.whole
-
-
-def recomputed(statements: Sequence[Statement], results: Sequence[Buffer]) -> list[Statement]:
-    """The same, where loops that would read many matrices do again the little that makes these of fewer ones."""
-    made: dict[Buffer, Loop] = {}
-    found: list[Statement] = []
-    for statement in statements:
-        if isinstance(statement, list):
-            statement = _with_copies(statement, made)
-            made |= {op.out: op for op in statement if not op.reduce and _cheap(op)}
-        found.append(statement)
-    return _needed(found, results)
-
-
-def _needed(statements: Sequence[Statement], results: Sequence[Buffer]) -> list[Statement]:
-    """Without loops whose numbers nothing reads any more."""
-    read, found = set(results), list[Statement]()
-    for statement in reversed(statements):
-        if isinstance(statement, list):
-            kept = list[Loop]()
-            for op in reversed(statement):
-                if op.out in read:
-                    kept.insert(0, op)
-                    read |= {x.buffer for x in op.operands if isinstance(x, Ref)}
-            statement = kept
-        else:
-            read |= {x.buffer for x in statement.operands}
-        found.insert(0, statement)
-    return [x for x in found if x != []]
-
-
-def _cheap(op: Loop) -> bool:
-    """Whether its numbers are sums, products or the like, of no division, root or function."""
-    if op.indexed:
-        return False
-    text = op.text(*"x" * len(op.operands))
-    return not re.search(r"/|exp_|log_|erf_|tanh_|pow_|sin_|cos_|sqrt_", text)
-
-
-def _with_copies(members: list[Loop], made: dict[Buffer, Loop]) -> list[Loop]:
-    """Loops that run as one, with copies of those among `made` that they read, if they then read fewer matrices."""
-    if math.prod(members[0].shape) < OUT_OF_REACH:
-        return members
-    inside = {op.out for op in members}
-    copies: dict[Buffer, Loop] = {}
-    order: list[Loop] = []
-
-    def copied(op: Loop) -> Loop:
-        operands = list(op.operands)
-        for i, x in enumerate(operands):
-            if not isinstance(x, Ref) or x.buffer in inside or x.buffer not in made or not _aligned(made[x.buffer], op, x):
-                continue
-            if x.buffer not in copies:
-                copies[x.buffer] = copied(replace(made[x.buffer], out=Buffer(x.buffer.shape)))
-                order.append(copies[x.buffer])
-            operands[i] = x._replace(buffer=copies[x.buffer].out)
-        return replace(op, operands=tuple(operands))
-
-    changed = [copied(op) for op in members]
-    return order + changed if _read(order + changed) < _read(members) else members
-
-
-def _read(members: Sequence[Loop]) -> int:
-    """How many buffers of as many numbers as they have indices loops read that run as one."""
-    inside, count = {op.out for op in members}, math.prod(members[0].shape)
-    refs = [x for op in members for x in op.operands if isinstance(x, Ref) and x.buffer not in inside]
-    return len({x.buffer for x in refs if math.prod(x.buffer.shape) >= count})
 
 
 def write(statements: Sequence[Statement], outer: set[Buffer], align: int) -> tuple[list[str], int]:

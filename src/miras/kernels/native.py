@@ -36,7 +36,8 @@ from miras.kernels.block import Block, constant_gradients, identifier, pulled, t
 from miras.kernels.cxx import Translation
 from miras.kernels.fused import too_little
 from miras.kernels.graph import Untraceable
-from miras.kernels.loops import Buffer, Loop, Operand, Ref, recomputed, schedule, turned, whole, write
+from miras.kernels.loops import Buffer, Loop, Operand, Ref, schedule, turned, whole, write
+from miras.kernels.recompute import recomputed
 from miras.kernels.scan import generated, one_by_one, unhashable
 
 MAX_BLOCK = 64
@@ -267,7 +268,9 @@ def _forward(block: Block, graphs: Mapping[bool, Graph], name: str) -> str:
     for x, shape in state.items():
         count = math.prod(shape)
         lines.append(f"if (here % every == 0) keep<{count}>(t_{x}_kept + (row * kept + here / every) * {count}, z_{x});")
-        lines.append(f"real *n_{x} = here + 1 == steps ? t_{x}_last + row * {count} : pair_{x} + (here + 1) % 2 * {held[x]};")
+        lines.append(
+            f"real *n_{x} = here + 1 == steps ? t_{x}_last + row * {count} : pair_{x} + (here + 1) % 2 * {held[x]};"
+        )
     lines += [*_branches(block, bodies), *(f"z_{x} = n_{x};" for x in state), "}", "});", "}"]
     return "\n".join(lines)
 
