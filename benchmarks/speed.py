@@ -74,7 +74,7 @@ def in_turn(threads: int, file: Path, repeats: int = 9) -> dict[str, list[list[f
         (ours,) = contenders([], [])
         found: dict[str, list[list[float]]] = {}
         for name, designs in TURNS.items():
-            works = [ours.work(Case(x, named_design(*_split(x))), BOTH) for x in designs]
+            works = [ours.work(_case(x), BOTH) for x in designs]
             for work in works:
                 work()
             rounds = [[timeit(work, number=1) for work in works] for _ in range(repeats)]
@@ -83,9 +83,9 @@ def in_turn(threads: int, file: Path, repeats: int = 9) -> dict[str, list[list[f
     return json.loads(file.read_text())
 
 
-def _split(design: str) -> tuple[str, list[str]]:
+def _case(design: str) -> Case:
     name, *overrides = design.split()
-    return name, overrides
+    return Case(design, named_design(name, overrides))
 
 
 def pick(

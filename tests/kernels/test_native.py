@@ -49,6 +49,7 @@ class TestNative(Scans):
 
 QUICK = {
     "descent": (PLAIN, {"tokens": 37}),
+    "weights of no whole vectors": (PLAIN, {"tokens": 10, "width": 5}),
     "momentum, several blocks a window": (
         replace(PLAIN, learning=learning.Momentum(), refresh=96),
         {"tokens": 192, "width": 4},

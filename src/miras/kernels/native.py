@@ -188,9 +188,11 @@ def built(source: str) -> ctypes.CDLL:
 
 def _target() -> tuple[str, ...]:
     """The flags that compile for this processor, with the widest vectors that it has."""
-    if platform.machine() in ("arm64", "aarch64"):
+    machine = platform.machine()
+    if machine in ("arm64", "aarch64"):
         return ("-mcpu=native",)
-    return ("-march=native", *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else []))
+    wide = ("-mprefer-vector-width=512",) if machine in ("x86_64", "AMD64") else ()
+    return ("-march=native", *wide)
 
 
 @functools.cache
