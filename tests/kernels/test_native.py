@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -194,6 +194,56 @@ def test_operations_that_move_numbers() -> None:
         assert_close(actual, wanted, f"result {i}", 1e-12)
 
 
+@dataclass(frozen=True)
+class Shaped(bias.Bias):
+    """A user's gradient of a few operations, by name."""
+
+    form: str = ""
+
+    def loss(self, y: Tensor, v: Tensor, gates: bias.Gates) -> Tensor:
+        raise NotImplementedError
+
+    def gradient(self, y: Tensor, v: Tensor, gates: bias.Gates) -> Tensor:
+        return SHAPES[self.form](y - v)
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "a high power": lambda x: (0.3 * x) ** 9 + 1 / (2 + x.square()) ** 10,
+    "a power by a tensor": lambda x: x ** (2 + torch.ones_like(x).cumsum(-1)),
+    "truth values": lambda x: (x - x.clamp_min(0.1)).bool().to(x.dtype) * x,
+    "whole numbers": lambda x: (3 * x).to(torch.int32).to(x.dtype),
+    "halves": lambda x: x.to(torch.bfloat16).to(x.dtype),
+    "too high a power": lambda x: x**99,
+}
+
+
+@pytest.mark.parametrize("form", list(SHAPES)[:3])
+def test_powers_and_truth_values(form: str) -> None:
+    problem = random_problem(replace(PLAIN, bias=Shaped(form)), tokens=32, dtype=torch.float32)
+    assert_same(outcome(problem, path="native"), outcome(problem, path="frozen"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("whole numbers", r"a cast of torch.float32 to torch.int32"),
+        ("halves", r"a cast of torch.float32 to torch.bfloat16"),
+        ("too high a power", r"a power of 99; products have at most 64 factors"),
+    ],
+)
+def test_what_would_be_other_numbers(form: str, reason: str) -> None:
+    problem = random_problem(replace(PLAIN, bias=Shaped(form)), tokens=32, dtype=torch.float32)
+    with pytest.raises(ValueError, match=reason):
+        run(problem, path="native")
+
+
+def test_without_memory() -> None:
+    lines = 'extern "C" int run(long rows, long arena) { return for_rows(rows, 3, arena, [](long, real *) {}); }'
+    library = native.built(native.source("float", [lines]))
+    numbers = [ctypes.c_long(7), ctypes.c_long(2**50), ctypes.c_long(16)]
+    assert not library.run(*numbers[:2]) and library.run(numbers[0], numbers[2])
+
+
 @pytest.mark.usefixtures("built_anew")
 def test_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = random_problem(replace(PLAIN, bias=Sorted()), tokens=16)
@@ -203,11 +253,13 @@ def test_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("MIRAS_CXXFLAGS", "-no-such-flag")
     with pytest.raises(ValueError, match="no-such-flag"):
         run(plain, path="native")
+    native.forget()
     occupied = tmp_path / "file"
     occupied.write_text("")
     monkeypatch.setenv("MIRAS_CACHE_DIR", str(occupied))
     with pytest.raises(ValueError, match=str(occupied)):
         run(plain, path="native")
+    native.forget()
     monkeypatch.setattr(native, "compiler", lambda: None)
     with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
         run(plain, path="native")
@@ -236,6 +288,17 @@ def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     longer = random_problem(PLAIN, tokens=64, batch=3, heads=1)
     assert_same(outcome(problem, path="native"), expected, 0.0)
     assert_same(outcome(longer, path="native"), outcome(longer, path="frozen"), 1e-9)
+
+
+@pytest.mark.usefixtures("built_anew")
+def test_a_library_that_cannot_be_read_is_built_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = native.source("float", ['extern "C" int run() { return 3; }'])
+    monkeypatch.setenv("MIRAS_CACHE_DIR", str(tmp_path))
+    name = native._compiled(text).name
+    monkeypatch.setenv("MIRAS_CACHE_DIR", str(tmp_path / "other"))
+    (tmp_path / "other" / "native").mkdir(parents=True)
+    (tmp_path / "other" / "native" / name).write_text("half a library")
+    assert native.built(text).run() == 3
 
 
 def test_rows_do_not_depend_on_threads() -> None:

@@ -221,8 +221,7 @@ def memorize(
     learned = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     # The inner gradients need autograd, which inference mode forbids; leaving it alone would switch the outer graph on.
     with torch.inference_mode(False), torch.set_grad_enabled(learned), _no_autocast(q.device.type):
-        past = None if initial_state is None else initial_state.map(_tracked)
-        problem = _tracked_problem(problem)
+        problem, past = _taken(problem, initial_state, learned)
         try:
             if chosen.path == "fla":
                 out, state = _run_fla(problem, past, cu_seqlens, decays=log_decay is not None)
@@ -282,9 +281,18 @@ def _tracked(x: Tensor) -> Tensor:
     return x.clone() if x.is_inference() else x
 
 
-def _tracked_problem(problem: Problem) -> Problem:
-    weights, slow = ({name: _tracked(x) for name, x in group.items()} for group in (problem.weights, problem.slow))
-    return replace(problem.mapped(_tracked), weights=weights, slow=slow)
+def _taken(problem: Problem, state: MemoryState | None, learned: bool) -> tuple[Problem, MemoryState | None]:
+    """What autograd can use, the state in the problem's dtype; where nothing is learned, cut off from its graph.
+
+    Paths keep states for the backward pass of whatever needs a gradient, in a pass without gradients too.
+    """
+
+    def take(x: Tensor) -> Tensor:
+        x = x.to(problem.k.dtype) if x.is_floating_point() else x
+        return _tracked(x) if learned else _tracked(x).detach()
+
+    weights, slow = ({name: take(x) for name, x in group.items()} for group in (problem.weights, problem.slow))
+    return replace(problem.mapped(take), weights=weights, slow=slow), None if state is None else state.map(take)
 
 
 def _run(

@@ -222,6 +222,7 @@ def check_inputs(
 ) -> None:
     """Shapes, types and names. Raises ValueError or TypeError that say what was given and what is allowed."""
     _check_qkv(q, k, v, design)
+    _require_one_device({"q": q, "k": k, "v": v, "lr": lr, "log_decay": log_decay, **weights, **gates})
     if cu_seqlens is not None:
         _check_cu_seqlens(cu_seqlens, q)
     if not design.parametric:
@@ -248,6 +249,12 @@ def check_inputs(
         _check_gate(name, gate, (k.shape[0], steps, k.shape[2]), design, None, None)
 
 
+def _require_one_device(named: Mapping[str, object]) -> None:
+    devices = {name: str(x.device) for name, x in named.items() if isinstance(x, Tensor)}
+    if len(set(devices.values())) > 1:
+        raise ValueError(f"tensors lie on several devices: {devices}; move them to one")
+
+
 def _check_persistent(weights: Mapping[str, Tensor], count: int, k: Tensor, v: Tensor) -> None:
     wanted = {name: (x.shape[2], count, x.shape[3]) for name, x in (("keys", k), ("values", v))}
     given = {name: tuple(x.shape) for name, x in weights.items()}
@@ -255,7 +262,7 @@ def _check_persistent(weights: Mapping[str, Tensor], count: int, k: Tensor, v: T
 
 
 def check_state(state: State, design: Design, rows: int, k: Tensor, v: Tensor) -> None:
-    """That a state is one of this design, at these sizes. Raises ValueError or TypeError."""
+    """That a state is one of this design, at these sizes, where the keys are. Raises ValueError or TypeError."""
     wanted = MemoryState if design.parametric else AttentionState
     if not isinstance(state, wanted):
         raise TypeError(
@@ -263,8 +270,16 @@ def check_state(state: State, design: Design, rows: int, k: Tensor, v: Tensor) -
             "call with it returned"
         )
     require(state.rows == rows, f"initial_state has {state.rows} rows; this call has {rows} sequences")
+    held = next(x for x in state.tensors() if x.is_floating_point())
+    _require_one_device({"k": k, "initial_state": held})
     heads = k.shape[2]
     if isinstance(state, MemoryState):
+        if k.dtype != torch.float64 and any(x.dtype == torch.float64 for x in state.tensors()):
+            raise TypeError(
+                f"initial_state is in float64, and a call with k in {k.dtype} computes in float32, which would lose its "
+                "digits; give q, k and v in float64, or map the state: "
+                "initial_state.map(lambda x: x.float() if x.is_floating_point() else x)"
+            )
         assert design.memory is not None
         shapes = design.memory.weights(k.shape[-1], v.shape[-1])
         expected = {name: (heads, design.learning.slots, x.d_in, x.d_out) for name, x in shapes.items()}

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from miras.kernels.loops import Buffer, Loop, Operand, Operation, Product, Ref, Running, Text, whole
-from miras.kernels.pointwise import Untranslatable, folded
+from miras.kernels.pointwise import Untranslatable, folded, repeated, require_exact
 
 
 def _call(name: str) -> Text:
@@ -25,10 +25,6 @@ def _call(name: str) -> Text:
 
 def _compare(sign: str) -> Text:
     return lambda x, y: f"real({x} {sign} {y})"
-
-
-def _power(x: str, exponent: str) -> str:
-    return f"pow_({x}, {exponent})"
 
 
 def _clamp(x: str, low: str = "", high: str = "") -> str:
@@ -41,7 +37,7 @@ POINTWISE: dict[str, Text] = {
     "sub": lambda x, y: f"({x} - {y})",
     "mul": lambda x, y: f"({x} * {y})",
     "div": lambda x, y: f"({x} / {y})",
-    "pow": _power,
+    "pow": _call("pow_"),
     "neg": lambda x: f"(-{x})",
     "reciprocal": lambda x: f"(1 / {x})",
     "rsqrt": lambda x: f"(1 / sqrt_({x}))",
@@ -106,6 +102,9 @@ class Translation:
             return self.spread(operands[found], _shape(node)) if isinstance(found, int) else found
         if name == "pow" and isinstance(operands[0], Ref) and (text := _known_power(numbers[1])) is not None:
             return self.loop(f"pow {numbers[1]}", text, _shape(node), operands[:1])
+        if name == "pow" and isinstance(operands[1], Ref):
+            # pow_ takes the logarithm of what may be below 0, which is right for no whole exponent.
+            return self.loop("std pow", _call("std::pow"), _shape(node), operands)
         absent = tuple(x is None for x in operands)
         text = POINTWISE[name]
         if name == "clamp" and any(absent):
@@ -159,10 +158,10 @@ def _viewed(ref: Ref, view: Callable[[torch.Tensor], torch.Tensor]) -> Ref:
 def _known_power(exponent: float | None) -> Text | None:
     if exponent == 0.5:
         return lambda x: f"sqrt_({x})"
-    if exponent is None or exponent != int(exponent) or not 0 < abs(exponent) <= 8:
+    if exponent is None or exponent != int(exponent) or exponent == 0:
         return None
     count = abs(int(exponent))
-    return lambda x: f"({' * '.join([x] * count)})" if exponent > 0 else f"(1 / ({' * '.join([x] * count)}))"
+    return lambda x: f"({repeated(x, count)})" if exponent > 0 else f"(1 / ({repeated(x, count)}))"
 
 
 Rule = Callable[[Translation, Node], Operand]
@@ -187,6 +186,15 @@ def _view(t: Translation, node: Node) -> Operand:
 
 def _same(t: Translation, node: Node) -> Operand:
     return t.values[cast(Node, node.args[0])]
+
+
+def _cast(t: Translation, node: Node) -> Operand:
+    source = cast(Node, node.args[0])
+    before, after = source.meta["val"].dtype, node.meta["val"].dtype
+    require_exact(before, after)
+    if after != torch.bool or before == torch.bool:
+        return t.values[source]
+    return t.loop("bool", lambda x: f"real({x} != 0)", _shape(node), [t.ref(source)])
 
 
 def _fill(t: Translation, node: Node) -> Operand:
@@ -343,7 +351,8 @@ def _matrices(t: Translation, a: Ref, b: Ref) -> Ref:
 RULES: dict[str, Rule] = {
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze", "alias", "detach", "expand"), _view),
     **dict.fromkeys(("transpose", "permute", "t", "select", "slice"), _view),
-    **dict.fromkeys(("lift_fresh_copy", "clone", "_to_copy", "convert_element_type"), _same),
+    **dict.fromkeys(("lift_fresh_copy", "clone"), _same),
+    **dict.fromkeys(("_to_copy", "convert_element_type"), _cast),
     **dict.fromkeys(("ones", "zeros", "full", "scalar_tensor", "fill", "empty"), _fill),
     **dict.fromkeys(("ones_like", "zeros_like", "full_like", "empty_like"), _fill),
     **dict.fromkeys(("new_ones", "new_zeros", "new_full", "new_empty"), _fill),

@@ -25,7 +25,7 @@ from torch import Tensor
 from miras.design import Design
 from miras.engine.chunk import Slots, run_blocks, run_chunks
 from miras.engine.problem import MemoryState, Problem
-from miras.kernels.graph import Graph, Spec, Table, Untraceable, examples_of, graph_of, made, specs_of
+from miras.kernels.graph import Graph, Spec, Table, Untraceable, examples_of, graph_of, made, specs_of, unwatched
 from miras.memory import WeightShape
 
 STEP_LENGTH = 16
@@ -274,6 +274,7 @@ def _forward_graph(step: Step, specs: tuple[Spec, ...]) -> Graph | Untraceable:
 
 
 @functools.lru_cache(maxsize=64)
+@unwatched()
 def _backward_graph(step: Step, specs: tuple[Spec, ...], needed: tuple[bool, ...]) -> Graph | Untraceable:
     """Its pull-back: gradients in the sequences that need one, totals that the shared tensors' add to, then in all slots."""
     examples, split = examples_of(specs), sum(needed[: step.num_sequences])

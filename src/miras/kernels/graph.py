@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -49,9 +50,20 @@ def graph_of(
     Where there is no such graph, what a choice's own code or the compiler had against it.
     """
     try:
-        return compiled_graph(function, examples, compiled, table)
+        with unwatched():
+            return compiled_graph(function, examples, compiled, table)
     except Exception as error:
         return Untraceable(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+@contextmanager
+def unwatched() -> Generator[None]:
+    """Within it, no hook of somebody's sees what is saved for a backward pass: tracing is none of their forward pass.
+
+    Gradient checkpointing's would otherwise stop the trace, or take what it saves for the model's.
+    """
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
 
 
 def made(graph: Graph | Untraceable) -> Graph:

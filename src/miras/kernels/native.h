@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <thread>
 #include <type_traits>
@@ -349,16 +350,22 @@ INLINE void keep(real *to, const real *from) {
 
 // ---- rows of the batch, shared among threads; each thread has `arena` numbers to itself
 
+// Whether all rows are done: on as many threads as can be started, none if there is no memory.
 template <class Work>
-INLINE void for_rows(long rows, long threads, long arena, Work work) {
+INLINE bool for_rows(long rows, long threads, long arena, Work work) {
     std::atomic<long> next{0};
     auto run = [&] {
         real *memory = (real *)std::aligned_alloc(64, (arena * sizeof(real) + 127) / 64 * 64);
+        if (memory == nullptr) return;
         for (long row; (row = next++) < rows;) work(row, memory);
         std::free(memory);
     };
     std::vector<std::thread> others;
-    for (long i = 1; i < std::min(rows, threads); i++) others.emplace_back(run);
+    try {
+        for (long i = 1; i < std::min(rows, threads); i++) others.emplace_back(run);
+    } catch (const std::exception &) {
+    }
     run();
     for (auto &other : others) other.join();
+    return next >= rows;
 }

@@ -38,7 +38,7 @@ from miras.kernels.fused import too_little
 from miras.kernels.graph import Untraceable
 from miras.kernels.loops import Buffer, Loop, Operand, Ref, schedule, turned, whole, write
 from miras.kernels.recompute import recomputed
-from miras.kernels.scan import generated, one_by_one, unhashable
+from miras.kernels.scan import generate, one_by_one, refusal, unhashable
 
 MAX_BLOCK = 64
 """Most gradient steps of a block that takes them at once."""
@@ -114,19 +114,19 @@ class NativePrograms:
         return max(n for n in range(1, most + 1) if design.refresh % n == 0)
 
     def make(self, block: Block, needed: tuple[bool, ...] | None) -> None:
-        generated(_library, block, needed)
+        generate(_library, block, needed)
 
     def every(self, block: Block, steps: int) -> int:
         return 1 if block.length > 1 else math.isqrt(steps - 1) + 1
 
     def forward(self, block: Block, tensors: Sequence[Tensor], rows: int, sizes: Mapping[str, int]) -> None:
         library = _library(block, None)
-        _run(library.forward if sizes["read"] else library.replay, tensors, rows, [sizes[x] for x in FORWARD_SIZES])
+        _run(library.forward if sizes["read"] else library.replay, block, tensors, rows, [sizes[x] for x in FORWARD_SIZES])
 
     def backward(
         self, block: Block, needed: tuple[bool, ...], tensors: Sequence[Tensor], rows: int, sizes: Mapping[str, int]
     ) -> None:
-        _run(_library(block, needed).backward, tensors, rows, [sizes[x] for x in BACKWARD_SIZES])
+        _run(_library(block, needed).backward, block, tensors, rows, [sizes[x] for x in BACKWARD_SIZES])
 
 
 FORWARD_SIZES = ("heads", "begin", "steps", "total", "phase", "every", "kept")
@@ -134,11 +134,12 @@ BACKWARD_SIZES = ("heads", "begin", "steps", "total", "phase", "side")
 """Numbers that a program takes, after those of rows and threads."""
 
 
-def _run(function: Any, tensors: Sequence[Tensor], rows: int, sizes: Sequence[int]) -> None:
-    assert all(x.is_contiguous() for x in tensors)
+def _run(function: Any, block: Block, tensors: Sequence[Tensor], rows: int, sizes: Sequence[int]) -> None:
+    assert all(x.is_contiguous() and x.dtype == block.dtype and x.device.type == "cpu" for x in tensors)
     pointers = (ctypes.c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
     numbers = [rows, torch.get_num_threads(), *sizes]
-    function(pointers, (ctypes.c_long * len(numbers))(*numbers))
+    if not function(pointers, (ctypes.c_long * len(numbers))(*numbers)):
+        raise MemoryError("no memory for the program of path 'native'")
 
 
 @functools.lru_cache(maxsize=256)
@@ -157,6 +158,7 @@ def _library(block: Block, needed: tuple[bool, ...] | None) -> ctypes.CDLL:
 def forget() -> None:
     """Let go of all programs that have been built; those on disk stay."""
     _library.cache_clear()
+    refusal.cache_clear()
 
 
 def source(real: str, lines: Sequence[str]) -> str:
@@ -165,7 +167,17 @@ def source(real: str, lines: Sequence[str]) -> str:
 
 
 def built(source: str) -> ctypes.CDLL:
-    """A source as a library, compiled unless one of the same source, flags, compiler and processor is on disk.
+    """A source as a library, compiled unless it is on disk; one that cannot be read is compiled anew. Raises Untraceable."""
+    library = _compiled(source)
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:
+        library.unlink()
+        return ctypes.CDLL(str(_compiled(source)))
+
+
+def _compiled(source: str) -> Path:
+    """Where the library of a source lies, of these flags, this compiler and this processor.
 
     It lies in $MIRAS_CACHE_DIR, or else in ~/.cache/miras; $MIRAS_CXXFLAGS are its last flags. Raises Untraceable.
     """
@@ -183,7 +195,7 @@ def built(source: str) -> ctypes.CDLL:
                 raise Untraceable(f"{command[0]} failed: {done.stderr.strip() or done.returncode}")
             # In one step, since other processes may look for it.
             made.replace(library)
-    return ctypes.CDLL(str(library))
+    return library
 
 
 def _target() -> tuple[str, ...]:
@@ -311,11 +323,12 @@ def _kinds(block: Block) -> list[bool]:
 
 def _head(name: str, tensors: Sequence[str], sizes: Sequence[str], arena: int, before: Sequence[str] = ()) -> list[str]:
     """A program up to where each row begins; lines `before` run once."""
-    lines = [f'extern "C" void {name}(real **tensors, const long *sizes) {{']
+    lines = [f'extern "C" int {name}(real **tensors, const long *sizes) {{']
     lines += [f"real *t_{x} = tensors[{i}];" for i, x in enumerate(tensors)]
     lines += [f"const long {x} = sizes[{i}];" for i, x in enumerate(["rows", "threads", *sizes])]
     lines += before
-    return [*lines, f"for_rows(rows, threads, {arena}, [=](long row, real *memory) {{", "const long head = row % heads;"]
+    lines.append(f"return for_rows(rows, threads, {arena}, [=](long row, real *memory) {{")
+    return [*lines, "const long head = row % heads;"]
 
 
 def _at(

@@ -207,7 +207,8 @@ class _Block(torch.autograd.Function):
             raise RuntimeError("path='fused' has no second derivatives (create_graph=True); path='substituted' has")
         step: OnlineStep = ctx.step
         count = len(grads)
-        flat, found = ctx.saved_tensors[:-count], ctx.saved_tensors[-count:]
+        saved = ctx.saved_tensors
+        flat, found = saved[:-count], saved[-count:]
         rows, slow, carry, rest = _split(step, flat)
         length = flat[0].shape[2]
         found, totals = ([_padded(x, step.tile) for x in group] for group in (found, grads))

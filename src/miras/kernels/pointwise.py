@@ -5,9 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import torch
+
+MAX_POWER = 64
+"""Factors of a product that stands for a power."""
+
 
 class Untranslatable(ValueError):
-    """An operation that has no line of Triton here, and why."""
+    """An operation that has no line of Triton or C++ here, and why."""
 
 
 def literal(number: float | bool) -> str:
@@ -22,11 +27,17 @@ def power(x: str, exponent: float | bool | None) -> str:
         raise Untranslatable("a power whose exponent is a tensor")
     if exponent == 0.5:
         return f"tl.sqrt({x})"
-    if exponent == int(exponent) and 0 < exponent <= 8:
-        return " * ".join([x] * int(exponent))
-    if exponent == int(exponent) and -8 <= exponent < 0:
-        return f"1.0 / ({' * '.join([x] * -int(exponent))})"
+    if exponent == int(exponent) and exponent != 0:
+        product = repeated(x, int(abs(exponent)))
+        return product if exponent > 0 else f"1.0 / ({product})"
     return f"tl.exp2({literal(exponent)} * tl.log2({x}))"
+
+
+def repeated(x: str, count: int) -> str:
+    """x to a whole power. As a product: by a logarithm, numbers below 0 have none. Raises Untranslatable."""
+    if count > MAX_POWER:
+        raise Untranslatable(f"a power of {count}; products have at most {MAX_POWER} factors")
+    return " * ".join([x] * count)
 
 
 def _clamp(x: str, low: str = "None", high: str = "None") -> str:
@@ -81,6 +92,12 @@ POINTWISE: dict[str, Callable[..., str]] = {
     "bitwise_not": lambda x: f"{x} == 0",
 }
 """Operations number by number."""
+
+
+def require_exact(before: torch.dtype, after: torch.dtype) -> None:
+    """That a cast changes no number but to a truth value: programs have one type of numbers. Raises Untranslatable."""
+    if before.is_floating_point and after not in (before, torch.bool):
+        raise Untranslatable(f"a cast of {before} to {after}, where programs have one type of numbers")
 
 
 def folded(name: str, numbers: Sequence[float | bool | None]) -> int | float | None:

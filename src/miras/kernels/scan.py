@@ -8,6 +8,7 @@ blocks of one step, and so is a token while decoding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from miras.engine.problem import MemoryState, Problem
 from miras.kernels import space
 from miras.kernels.block import Block
 from miras.kernels.fused import facts_of
-from miras.kernels.graph import Untraceable
+from miras.kernels.graph import Untraceable, unwatched
 
 
 class Programs(Protocol):
@@ -225,7 +226,8 @@ class _Scan(torch.autograd.Function):
             path = ctx.scan.programs.path
             raise RuntimeError(f"path={path!r} has no second derivatives (create_graph=True); path='frozen' has")
         scan, needed = ctx.scan, _needed(ctx, ctx.scan)
-        inputs, kept = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        saved = ctx.saved_tensors  # Once: gradient checkpointing makes them anew each time.
+        inputs, kept = saved[: len(needed)], saved[len(needed) :]
         rows = inputs[0].shape[:2]
         carried = [torch.stack((x, torch.empty_like(x)), dim=2) for x in grad_state]
         count = len(scan.block.sequences)
@@ -248,11 +250,20 @@ def _needed(ctx: Any, scan: Scan) -> tuple[bool, ...]:
     return tuple(ctx.needs_input_grad[1 : 1 + len(scan.block.sequences) + len(scan.block.shared)])
 
 
-def generated(make: Callable[..., Any], *args: Any) -> Any:
-    """A program, or `Untraceable` with what a choice's own code or the translator had against it."""
+def generate(make: Callable[..., Any], *args: Any) -> None:
+    """Make a program, which `make` keeps. Raises Untraceable: what a choice's own code or the translator has against it."""
+    if (reason := refusal(make, *args)) is not None:
+        raise Untraceable(reason)
+
+
+@functools.lru_cache(maxsize=512)
+def refusal(make: Callable[..., Any], *args: Any) -> str | None:
+    """Why a program cannot be made, kept so that it is tried once; None where it has been."""
     try:
-        return make(*args)
-    except Untraceable:
-        raise
+        with unwatched():
+            make(*args)
+    except Untraceable as error:
+        return str(error)
     except Exception as error:
-        raise Untraceable(f"{type(error).__name__}: {error}".splitlines()[0]) from error
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from torch.fx import Graph, Node
 
 from miras.choice import require
-from miras.kernels.pointwise import POINTWISE, Untranslatable, folded, literal, power
+from miras.kernels.pointwise import POINTWISE, Untranslatable, folded, literal, power, require_exact
 
 MIN_DOT = 16
 """Least width of a matrix product on tensor cores."""
@@ -274,6 +274,7 @@ def _fill(body: Body, node: Node) -> Value:
 
 def _copy(body: Body, node: Node) -> Value:
     value = body.values[cast(Node, node.args[0])]
+    require_exact(cast(Node, node.args[0]).meta["val"].dtype, node.meta["val"].dtype)
     after = node.meta["val"].dtype.is_floating_point
     if value.number is not None:
         return value._replace(number=float(value.number) if after else bool(value.number))

@@ -32,7 +32,7 @@ from miras.design import Design
 from miras.engine.problem import Problem
 from miras.kernels.block import Block, identifier, pulled, traced
 from miras.kernels.graph import Untraceable
-from miras.kernels.scan import generated, one_by_one, unhashable
+from miras.kernels.scan import generate, one_by_one, unhashable
 from miras.kernels.translate import Body, tile
 
 MAX_BLOCK = 64
@@ -117,9 +117,9 @@ class TritonPrograms:
 
     def make(self, block: Block, needed: tuple[bool, ...] | None) -> None:
         if needed is None:
-            generated(forward_program, block, self.operands)
+            generate(forward_program, block, self.operands)
         else:
-            generated(backward_program, block, self.operands, needed)
+            generate(backward_program, block, self.operands, needed)
 
     def every(self, block: Block, steps: int) -> int:
         return math.isqrt(steps - 1) + 1
