@@ -3,10 +3,16 @@
     python benchmarks/decode.py [--models yaad gated_deltanet] [--contexts 1024 4096 16384] [--threads 2] [--growth 2000]
 
 Language models of the quickstart's kind (width 256, 4 layers, 4 heads, 4,096 tokens of vocabulary, random weights), batch 1,
-float32. The context comes in blocks of 2,048 tokens by `miras.stream`; then copies of its cache go on for 64 tokens: in a
-bare loop that calls the model and takes the likeliest token, and by `generate` (the difference of 96 and 32 tokens, so that
-its beginning does not count). "compiled" is the same after `miras.compile_decoding`; "first" are the seconds of its first
-tokens, compiling included. Run against an older version of the package (PYTHONPATH), it gives the figures before it.
+float32, on a CPU; and of 340 to 380M parameters on a GPU, after 2,048 tokens:
+
+    python benchmarks/decode.py --device cuda --dtype bfloat16 --width 1024 --layers 24 --heads 16 --vocabulary 32000 \
+        --contexts 2048
+
+The context comes in blocks of 2,048 tokens by `miras.stream`; then copies of its cache go on for 64 tokens: in a bare loop
+that calls the model and takes the likeliest token, and by `generate` (the difference of 96 and 32 tokens, so that its
+beginning does not count). "compiled" is the same after `miras.compile_decoding`; "first" are the seconds of its first
+tokens, compiling included; "held" is the memory of the process, or what is allocated on the GPU. Run against an older
+version of the package (PYTHONPATH), it gives the figures before it.
 """
 
 from __future__ import annotations
@@ -18,35 +24,54 @@ import os
 import statistics
 import time
 import tracemalloc
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import miras
+from miras.bench.case import DTYPES
 from miras.lm import MirasCache, MirasConfig, MirasForCausalLM
 
-VOCABULARY = 4096
 
+@dataclass(frozen=True)
+class Kind:
+    """Sizes of the models, and where they run."""
 
-def build(name: str) -> MirasForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 4}
-    return MirasForCausalLM(MirasConfig(design=miras.models.named(name), **sizes)).eval()
+    width: int = 256
+    layers: int = 4
+    heads: int = 4
+    vocabulary: int = 4096
+    device: str = "cpu"
+    dtype: str = "float32"
 
+    def build(self, name: str) -> MirasForCausalLM:
+        """A model of these sizes."""
+        torch.manual_seed(0)
+        sizes = {"vocab_size": self.vocabulary, "hidden_size": self.width, "num_hidden_layers": self.layers}
+        config = MirasConfig(design=miras.models.named(name), num_heads=self.heads, **sizes)
+        return MirasForCausalLM(config).eval().to(self.device, DTYPES[self.dtype])
 
-def resident_mb() -> float:
-    """Resident memory of the process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    def tokens(self, count: int) -> Tensor:
+        """Random tokens [1, count]."""
+        return torch.randint(0, self.vocabulary, (1, count)).to(self.device)
+
+    def held_mb(self) -> float:
+        """Memory: resident in the process, or allocated on the GPU."""
+        if self.device != "cpu":
+            return torch.cuda.memory_allocated(self.device) / 2**20
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 @torch.no_grad()
 def bare(model: MirasForCausalLM, token: Tensor, cache: MirasCache, count: int) -> list[float]:
-    """Seconds of each of `count` tokens."""
+    """Seconds of each of `count` tokens, each known before the next begins."""
     seconds = []
     for _ in range(count):
         began = time.perf_counter()
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        token.tolist()  # waits for a GPU
         seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -62,14 +87,14 @@ def generated(model: MirasForCausalLM, ids: Tensor, cache: MirasCache) -> float:
     return (seconds[1] - seconds[0]) / 64
 
 
-def contexts(name: str, lengths: list[int]) -> None:
+def contexts(kind: Kind, name: str, lengths: list[int]) -> None:
     """A row for each context and way of decoding."""
-    plain = build(name)
+    plain = kind.build(name)
     ways = {"plain": plain}
     if hasattr(miras, "compile_decoding") and name != "transformer":
-        ways["compiled"] = build(name)
+        ways["compiled"] = kind.build(name)
         miras.compile_decoding(ways["compiled"])
-    ids = torch.randint(0, VOCABULARY, (1, max(lengths) + 1))
+    ids = kind.tokens(max(lengths) + 1)
     cache, done, first = MirasCache(), 0, dict.fromkeys(ways, 0.0)
     for length in sorted(lengths):
         for _ in miras.stream(plain, ids[:, done:length], 2048, cache):
@@ -90,17 +115,17 @@ def contexts(name: str, lengths: list[int]) -> None:
             loop, generate = statistics.median(loops[way]), statistics.median(whole[way])
             print(
                 f"| {name} | {length:,} | {way} | {1 / loop:,.0f} | {1e3 * loop:.2f} | {1e3 * generate:.2f} | "
-                f"{cache.nbytes / 2**20:.1f} | {resident_mb():.0f} | {first[way]:.1f} |",
+                f"{cache.nbytes / 2**20:.1f} | {kind.held_mb():.0f} | {first[way]:.1f} |",
                 flush=True,
             )
 
 
-def growth(name: str, steps: int) -> None:
+def growth(kind: Kind, name: str, steps: int) -> None:
     """What is held at an early step and at the last one (both at a window's end)."""
-    model, cache = build(name), MirasCache()
+    model, cache = kind.build(name), MirasCache()
     if hasattr(miras, "compile_decoding") and name != "transformer":
         miras.compile_decoding(model)
-    token = torch.randint(0, VOCABULARY, (1, 1))
+    token = kind.tokens(1)
     bare(model, token.expand(1, 64), cache, 1)
     bare(model, token, cache, 192 - 1)
     tracemalloc.start()
@@ -109,9 +134,9 @@ def growth(name: str, steps: int) -> None:
         bare(model, token, cache, count)
         gc.collect()
         tensors = sum(type(x) is Tensor for x in gc.get_objects())
-        seen.append((cache.nbytes, tensors, tracemalloc.get_traced_memory()[0] / 1024, resident_mb()))
+        seen.append((cache.nbytes, tensors, tracemalloc.get_traced_memory()[0] / 1024, kind.held_mb()))
     tracemalloc.stop()
-    for what, before, after in zip(("cache bytes", "live tensors", "Python KB", "resident MB"), *seen, strict=True):
+    for what, before, after in zip(("cache bytes", "live tensors", "Python KB", "held MB"), *seen, strict=True):
         print(f"| {name} | {what} | {before:,.0f} | {after:,.0f} |", flush=True)
 
 
@@ -121,17 +146,22 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536, 100_000])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--growth", type=int, metavar="STEPS", help="only look for growth over so many steps")
+    for size in ("width", "layers", "heads", "vocabulary"):
+        parser.add_argument(f"--{size}", type=int, default=getattr(Kind, size))
+    parser.add_argument("--device", default=Kind.device, help="cpu or cuda")
+    parser.add_argument("--dtype", choices=list(DTYPES), default=Kind.dtype)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    kind = Kind(**{field.name: getattr(options, field.name) for field in fields(Kind)})
     if options.growth:
         print(f"| model | held | after 256 steps | after {options.growth // 64 * 64:,} more |\n|---|---|---|---|")
         for name in options.models:
-            growth(name, options.growth)
+            growth(kind, name, options.growth)
         return
-    print("| model | context | steps | tokens/s | ms a token | ms by generate | cache MB | resident MB | first s |")
+    print("| model | context | steps | tokens/s | ms a token | ms by generate | cache MB | held MB | first s |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name in options.models:
-        contexts(name, options.contexts)
+        contexts(kind, name, options.contexts)
 
 
 if __name__ == "__main__":

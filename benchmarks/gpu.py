@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py --out docs/results/gpu.md [--keep runs/gpu]
 
-With --keep, sections whose figures are in that folder already are not measured again.
+With --keep, sections whose figures are in that folder already are not measured again. Whole language models are decoded by
+another benchmark (DECODING below).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ SIZES = "--device cuda --dtype bfloat16 --batch 8 --heads 16 --head-dim 64 --pat
 SECTIONS: dict[str, tuple[str, str]] = {
     "plain": (
         "MLP 64->256->64, L2, gradient descent",
-        f"{PLAIN} {SIZES} --tokens 4096 --refresh 16,64 --peers floor,ttt-mlp,titans-pytorch,sdpa",
+        f"{PLAIN} {SIZES} --path fused --tokens 4096 --refresh 16,64 --peers floor,ttt-mlp,titans-pytorch,sdpa",
     ),
     "momentum": ("The same with momentum (Titans)", f"titans_lmm {SIZES} --tokens 4096 --refresh 16,64 --peers floor"),
     "yaad": ("Yaad", f"yaad {SIZES} --tokens 4096 --peers floor"),
@@ -39,12 +40,24 @@ SECTIONS: dict[str, tuple[str, str]] = {
 }
 """Per section its heading and the arguments of `miras bench`."""
 
-HEAD = """
+DECODING = (
+    "python benchmarks/decode.py --device cuda --dtype bfloat16 --width 1024 --layers 24 --heads 16 --vocabulary 32000 "
+    "--contexts 2048"
+)
+"""Whole language models at batch 1."""
+
+HEAD = f"""
 Time, FLOP rate and peak memory of `miras.memorize` on one GPU, in bfloat16, with its peers in turn within one run. `triton`
-is the path of that name (docs/gpu.md), `miras` the default one, `floor` the matrix products alone. Columns are those of
-`miras bench`; `of GEMM` divides by the floor's rate. The page is written by
+is the path of that name (docs/gpu.md), `fused` that of a window as one PyTorch graph, `miras` the default one, `floor` the
+matrix products alone, in bfloat16 too. Columns are those of `miras bench`; `of GEMM` divides by the floor's rate. The page
+is written by
 
     make bench-gpu
+
+How fast language models of 340 to 380M parameters decode one sequence after 2,048 tokens, a Transformer among them, is
+printed by
+
+    {DECODING}
 """
 
 

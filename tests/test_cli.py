@@ -106,6 +106,8 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     hybrid = RUNNER.invoke(app, ["explain", "yaad_h", "--head-dim", "8"], catch_exceptions=False).output
     assert "Layer 2/2" in hybrid
     assert "A head of 8 channels" in hybrid
+    gpu = RUNNER.invoke(app, ["explain", "yaad", "--device", "cuda"], catch_exceptions=False).output
+    assert re.search(r"not native +.*for CPUs, not for cuda", gpu)
 
 
 @pytest.mark.parametrize(
@@ -123,6 +125,7 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
         (["explain", "yaad", "refresh"], "override 'refresh' is not of the form key=value"),
         (["explain", "yaad", "bias.kind=Hubr"], "did you mean 'Huber'?"),
         (["explain", "yaad", "refreshh=1"], "a design has memory, bias"),
+        (["explain", "yaad", "--device", "tpu"], "device='tpu'; allowed: 'cpu', 'cuda'"),
     ],
 )
 def test_errors_are_one_message(

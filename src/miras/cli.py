@@ -200,15 +200,18 @@ def explain(
     model: Annotated[str, typer.Argument(help="A named model, for example yaad.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example refresh=64 bias.kind=Lp.")] = None,
     head_dim: HeadDim = 64,
+    device: Annotated[str, typer.Option(help="What the path is chosen for: cpu or cuda.")] = "cpu",
 ) -> None:
     """Print a model's recurrence in symbols with its sources, the path that runs it and why faster ones refuse."""
     from rich.console import Console
 
+    from miras.choice import require_one_of
     from miras.describe import describe_named
     from miras.sections import read_overrides
 
+    require_one_of("device", device, ("cpu", "cuda"))
     console = Console()
-    text = describe_named(model, read_overrides(overrides or []), head_dim, console.width)
+    text = describe_named(model, read_overrides(overrides or []), head_dim, console.width, device)
     for line in text.splitlines():
         style = "dim" if line.lstrip().startswith("Source:") else "" if line.startswith(" ") else "bold"
         console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

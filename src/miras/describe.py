@@ -45,7 +45,9 @@ class Section(NamedTuple):
     lines: tuple[Line, ...]
 
 
-def describe_named(name: str, overrides: Mapping[str, Any], head_dim: int = 64, width: int = 100) -> str:
+def describe_named(
+    name: str, overrides: Mapping[str, Any], head_dim: int = 64, width: int = 100, device: str = "cpu"
+) -> str:
     """`describe` for each distinct layer of a named model, with overrides as `miras.models.named` takes them.
 
     Raises:
@@ -60,23 +62,24 @@ def describe_named(name: str, overrides: Mapping[str, Any], head_dim: int = 64, 
         head += [f"  {summary(function).partition(' Source:')[0]}", *([f"  Source: {origin}"] if origin else [])]
     blocks = ["\n".join(textwrap.fill(line, width, subsequent_indent="    ") for line in head)]
     for place, design in parts(model):
-        blocks.append((f"Layer {place}\n\n" if place else "") + describe(design, head_dim, width))
+        blocks.append((f"Layer {place}\n\n" if place else "") + describe(design, head_dim, width, device))
     return "\n\n".join(blocks)
 
 
-def describe(design: Design, head_dim: int = 64, width: int = 100) -> str:
+def describe(design: Design, head_dim: int = 64, width: int = 100, device: str = "cpu") -> str:
     """A design's recurrence in symbols with its sources, the path that runs it, and its sizes for heads of `head_dim`."""
-    return "\n".join(part for section in sections(design, head_dim) for part in (*_lay_out(section, width), "")).rstrip()
+    shown = sections(design, head_dim, device)
+    return "\n".join(part for section in shown for part in (*_lay_out(section, width), "")).rstrip()
 
 
-def sections(design: Design, head_dim: int = 64) -> tuple[Section, ...]:
+def sections(design: Design, head_dim: int = 64, device: str = "cpu") -> tuple[Section, ...]:
     """What `describe` writes, as data."""
     cost = measure(design, head_dim)
     return (
         Section("Choices", _choices(design)),
         Section("At each token t", _recurrence(design) if design.parametric else _attention(design)),
         Section("Inputs, from the hidden state x_t", _inputs(design)),
-        Section("Engine", _path(design)),
+        Section("Engine", _path(design, device)),
         Section(f"A head of {head_dim} channels", _sizes(design, cost)),
     )
 
@@ -274,9 +277,9 @@ def _gate(name: str, symbol: str, gate: GateMap, projection: str) -> Line:
     return _line(name, f"{symbol} = {text},  {number}, {kind}", gate)
 
 
-def _path(design: Design) -> tuple[Line, ...]:
-    """The path that runs long sequences on this machine, and why each faster one refuses."""
-    plan = explain(design, per_channel=design.parametric and design.inputs.per_channel)
+def _path(design: Design, device: str) -> tuple[Line, ...]:
+    """The path that runs long sequences on a device of this machine, and why each faster one refuses."""
+    plan = explain(design, device=device, per_channel=design.parametric and design.inputs.per_channel)
     runs = plan.path + (f", in blocks of {plan.tile} gradient steps" if plan.tile > 1 else "")
     faster = PATHS[: PATHS.index(plan.path)]
     return (Line("path", runs), *(Line(f"not {name}", plan.refusals[name]) for name in faster))

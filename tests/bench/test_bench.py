@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +19,14 @@ from typer.testing import CliRunner
 import miras
 from miras.bench import PEERS, Case, Measurement, Results, contenders, markdown, measure, named_design, with_refresh
 from miras.bench.case import memory_inputs
-from miras.bench.contenders import OURS, Ours
+from miras.bench.contenders import OURS, Contender, Ours
 from miras.bench.delta_rule import gated_delta_rule
 from miras.bench.measure import peak_memory
 from miras.bench.ttt_mlp import ttt_mlp
 from miras.cli import app, main
+from miras.engine import dispatch
 
+ROOT = Path(__file__).parents[2]
 TINY = Case("yaad", named_design("yaad", ["refresh=4"]), batch=1, tokens=8, heads=2, head_dim=4)
 
 titans_warns = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -72,8 +78,56 @@ def test_delta_rule_runs_on_what_our_path_is_given(dtype: str) -> None:
     tolerance = 1e-5 if dtype == "float32" else 1e-2
     torch.testing.assert_close(theirs[0](), ours[0](), atol=tolerance, rtol=tolerance)
     assert all(x.isfinite().all() for x in torch.autograd.grad(theirs[0]().sum(), theirs[1]))
-    for other, mode in ((replace(case, tokens=40), "forward"), (TINY, "forward"), (case, "decode")):
+    for other, mode in ((replace(case, tokens=40), "forward"), (case, "decode")):
         assert PEERS["delta-rule"].refusal(other, mode) is not None
+
+
+def test_delta_rule_takes_no_other_design() -> None:
+    cases = {name: Case(name, named_design(name), 1, 64, 2, 4) for name in miras.models.NAMED}
+    assert [name for name, case in cases.items() if PEERS["delta-rule"].refusal(case, "forward") is None] == [
+        "gated_deltanet"
+    ]
+    for change in ("anchor=initial", "gradient_at=previous", "bias.kind=Dot", "memory.kind=MLP"):
+        case = Case("", named_design("gated_deltanet", [change]), 1, 64, 2, 4)
+        assert PEERS["delta-rule"].refusal(case, "forward") is not None
+
+
+FLA_OP = """
+import sys, torch, miras
+from tests.kernels.fla_child import distance, prepare
+called = prepare()
+from miras.bench import PEERS, Case, named_design
+from miras.bench.case import memory_inputs
+case = Case(sys.argv[1], named_design(sys.argv[1]), 1, 37, 2, 16)
+inputs = memory_inputs(case)
+inputs["weights"] = {name: torch.zeros_like(x) for name, x in inputs["weights"].items()}
+forward, tensors = PEERS["fla"].forward(case)
+out = forward()
+assert out.shape == inputs["v"][:, :: case.design.learning.micro_steps].shape, out.shape
+assert distance(out, miras.memorize(**inputs, path="reference")[0]) < 1e-5
+assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), tensors))
+print(*called)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "op"),
+    [
+        ("gla", "gla"),
+        ("mamba2", "simple_gla"),
+        ("deltaproduct", "gated_delta_rule"),
+        ("kda", "kda"),
+        ("rwkv7", "dplr_delta_rule"),
+    ],
+)
+def test_fla_op_is_the_design(name: str, op: str) -> None:
+    """In Triton's interpreter, so in a process of its own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FLA_OP, name]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [op]
 
 
 @pytest.mark.parametrize("name", list(miras.models.NAMED))
@@ -116,13 +170,15 @@ def test_decoding_reads_what_a_whole_sequence_reads() -> None:
 
 def test_measure() -> None:
     cases = [with_refresh(TINY, refresh) for refresh in (2, 4)]
-    chosen = contenders(["floor", "ttt-mlp", "fla"], ["reference"])
+    chosen = contenders(["floor", "ttt-mlp", "delta-rule"], ["reference", "fla"])
     results = measure(cases, ["forward", "decode"], chosen, repeats=2, memory=False)
     found = [(m.name, m.mode, m.case.design.refresh) for m in results.measurements]
     able = {"forward": ["miras", "reference", "floor", "ttt-mlp"], "decode": ["miras", "reference", "floor"]}
     assert found == [(name, mode, r) for r in (2, 4) for mode, names in able.items() for name in names]
-    left_out = [("fla", "forward"), ("ttt-mlp", "decode"), ("fla", "decode")]
+    left_out = [(name, "forward") for name in ("fla", "delta-rule")]
+    left_out += [(name, "decode") for name in ("fla", "ttt-mlp", "delta-rule")]
     assert [(r.name, r.mode) for r in results.refusals] == left_out
+    assert "path='fla' refuses this design" in results.refusals[0].reason
     for m in results.measurements:
         assert len(m.seconds) == 2
         assert min(m.seconds) <= m.median <= max(m.seconds)
@@ -144,6 +200,59 @@ def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = [Ours("a", ""), Ours("b", "")]
     measure([TINY], ["forward"], chosen, repeats=2, memory=False)
     assert order == ["a", "b"] * 3
+
+
+@dataclass(frozen=True)
+class Failing(Contender):
+    """Raises an error at its n-th call, the one that prepares its work being the first."""
+
+    error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    at: int = 1
+
+    def work(self, case: Case, mode: str) -> Callable[[], None]:
+        calls = iter(range(1, self.at))
+
+        def call() -> None:
+            if next(calls, None) is None:
+                raise self.error
+
+        call()
+        return call
+
+
+def test_what_fails_is_left_out_of_the_rest() -> None:
+    late = Failing("late", "", ValueError("path='triton' cannot run this design here"), at=3)
+    chosen = [Failing("first", ""), OURS, Failing("second", "", at=2), late]
+    results = measure([TINY], ["forward"], chosen, repeats=2, memory=False)
+    assert [(m.name, len(m.seconds)) for m in results.measurements] == [("miras", 2)]
+    size = "8 tokens, refresh 4:"
+    assert [(r.name, r.reason) for r in results.refusals] == [
+        ("first", f"{size} out of GPU memory"),
+        ("second", f"{size} out of GPU memory"),
+        ("late", f"{size} path='triton' cannot run this design here"),
+    ]
+    with pytest.raises(ValueError, match=r"nothing to measure: first \(forward\): 8 tokens, refresh 4: out of GPU memory"):
+        measure([TINY], ["forward"], chosen[:1], repeats=1, memory=False)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_unknown_where_it_is_too_much() -> None:
+    assert peak_memory(Failing("", ""), TINY, "forward") is None
+
+
+@pytest.mark.parametrize("mode", ["forward", "decode"])
+@pytest.mark.parametrize("name", ["yaad", "gated_deltanet", "deltaproduct", "rwkv7", "titans_mag", "transformer"])
+def test_the_path_that_is_named_is_the_one_that_runs(name: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, ran, plan = Case(name, named_design(name), 2, 64, 2, 8), [], dispatch.plan
+
+    def recorded(*args: Any, **facts: Any) -> dispatch.Plan:
+        ran.append(plan(*args, **facts))
+        return ran[-1]
+
+    monkeypatch.setattr(dispatch, "plan", recorded)
+    OURS.work(case, mode)()
+    assert OURS.plan(case, mode) == ran[-1]
+    assert f"({ran[-1].path}" in OURS.describe(case, mode)
 
 
 def test_figures_of_a_measurement() -> None:
@@ -176,7 +285,7 @@ def test_command(tmp_path: Path, tokens: str, suffix: str) -> None:
     shown = CliRunner().invoke(app, ["bench", "yaad", "bias.kind=Lp", "bias.p=1.5", *options], catch_exceptions=False)
     assert shown.exit_code == 0
     assert "yaad bias.kind=Lp bias.p=1.5, refresh 2" in shown.output.replace("\n", "")
-    assert "not run: fla, forward: fla's ops need a GPU (device=cpu)" in shown.output
+    assert "not run: fla, forward: path='fla' refuses this design" in shown.output
     results = Results.from_dict(json.loads(file.read_text()))
     assert {m.case.design.refresh for m in results.measurements} == {2, 4}
     assert all(m.case.design.bias == miras.bias.Lp(1.5) for m in results.measurements)
@@ -215,5 +324,5 @@ def test_errors_say_what_is_allowed(arguments: list[str], message: str, capsys: 
 
 
 def test_nothing_to_measure_says_why() -> None:
-    with pytest.raises(ValueError, match=r"nothing to measure: fla \(forward\): fla's ops need a GPU"):
+    with pytest.raises(ValueError, match=r"nothing to measure: fla \(forward\): path='fla' refuses this design"):
         measure([TINY], ["forward"], [PEERS["fla"]], repeats=1, memory=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from miras.bench import Case, named_design
 from miras.bench.contenders import OURS, PEERS, Attention, Ours
-from miras.bench.products import Product, products
+from miras.bench.products import Product, operand_type, products
 
 SIZES: dict[str, Any] = {"batch": 2, "tokens": 35, "heads": 3, "head_dim": 8}
 
@@ -77,6 +78,16 @@ def test_momentum_is_short_of_its_masks_only() -> None:
 def test_the_floor_computes_the_products(mode: str) -> None:
     sizes = case("yaad")
     assert PEERS["floor"].flops(sizes, mode) == counted(PEERS["floor"].work(sizes, mode)) == OURS.flops(sizes, mode)
+
+
+def test_the_floor_is_in_the_type_that_our_paths_compute_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {
+        device: [operand_type(replace(case("yaad"), device=device, dtype=x)) for x in ("bfloat16", "float32", "float64")]
+        for device in ("cuda:0", "cpu")
+    }
+    assert found["cuda:0"] == [torch.bfloat16, torch.float32, torch.float64]
+    assert found["cpu"] == [torch.float32, torch.float32, torch.float64]
 
 
 def test_the_floor_recomputes_before_a_backward_pass() -> None:

@@ -18,9 +18,11 @@ from miras.bench.case import DECODED, MODES, Case, cut, leaves, memory_inputs
 from miras.bench.delta_rule import BLOCK, gated_delta_rule
 from miras.bench.ttt_mlp import ttt_mlp
 from miras.choice import require_one_of
-from miras.engine import PATHS, memorize, plan
-from miras.engine.dispatch import refusal
-from miras.kernels.triton import unusable
+from miras.design import Design
+from miras.engine import PATHS, Plan, memorize, plan
+from miras.engine.problem import build_problem
+from miras.kernels import fla_ops
+from miras.kernels.fused import work_of
 from miras.learning import Momentum
 from miras.memory import NORM_EPS
 
@@ -45,8 +47,8 @@ class Contender:
         """Why it cannot run a case in a mode; None where it can."""
         return None
 
-    def describe(self, case: Case) -> str:
-        """What it is, for a case."""
+    def describe(self, case: Case, mode: str) -> str:
+        """What it is, for a case in a mode."""
         return self.about
 
     def forward(self, case: Case) -> tuple[Forward, list[Tensor]]:
@@ -84,13 +86,30 @@ class Ours(Contender):
     def refusal(self, case: Case, mode: str) -> str | None:
         if self.path == "reference" and case.tokens > REFERENCE_TOKENS:
             return f"one token at a time; give at most {REFERENCE_TOKENS} tokens"
-        if self.path == "triton" and (reason := unusable(torch.device(case.device))) is not None:
-            return reason
-        return None if self.path is None else refusal(self.path, case.design, products.memory_widths(case))
+        try:
+            self.plan(case, mode)
+        except ValueError as error:
+            return str(error)
+        return None
 
-    def describe(self, case: Case) -> str:
-        device = torch.device(case.device)
-        chosen = plan(case.design, self.path, products.per_channel_gates(case.design), device=device)
+    def plan(self, case: Case, mode: str) -> Plan:
+        """That of one call of `memorize`, on one token in decoding. Raises ValueError where the path refuses."""
+        design, widths = case.design, products.memory_widths(case)
+        steps = design.learning.micro_steps * (1 if mode == "decode" else case.tokens)
+        k, v = (torch.empty(case.batch, steps, case.heads, width, device="meta") for width in widths)
+        return plan(
+            design,
+            self.path,
+            products.per_channel_gates(design),
+            device=torch.device(case.device),
+            dtype=case.torch_dtype,
+            work=work_of(design, k, v) if design.parametric else 0,
+            rows=case.batch * case.heads,
+            widths=widths,
+        )
+
+    def describe(self, case: Case, mode: str) -> str:
+        chosen = self.plan(case, mode)
         blocks = f", blocks of {chosen.tile}" if chosen.tile > 1 else ""
         return f"{self.about} ({chosen.path}{blocks})"
 
@@ -121,7 +140,10 @@ class Ours(Contender):
 
 @dataclass(frozen=True)
 class Floor(Contender):
-    """The products of the design's own path, alone; with a backward pass, the forward ones twice (recomputed)."""
+    """The products of the design's own path, alone, in `products.operand_type`.
+
+    With a backward pass, the forward ones twice (recomputed).
+    """
 
     def refusal(self, case: Case, mode: str) -> str | None:
         return None if products.formula(case.design) is not None else "the design has no block formula"
@@ -260,7 +282,7 @@ class DeltaRule(Contender):
     def refusal(self, case: Case, mode: str) -> str | None:
         if mode == "decode":
             return "its formulation has no step for single tokens"
-        if _fla_op(case) != "gated_delta_rule":
+        if not _is_gated_delta_rule(case.design):
             return "it computes the gated delta rule (gated_deltanet) only"
         return None if case.tokens % BLOCK == 0 else f"tokens={case.tokens} is no multiple of its blocks of {BLOCK}"
 
@@ -273,41 +295,39 @@ class DeltaRule(Contender):
 
 @dataclass(frozen=True)
 class Fla(Contender):
-    """The op of flash-linear-attention that computes the design, on a GPU."""
+    """The op that path "fla" calls, alone, from a memory of zeros.
+
+    Its inputs are made beforehand, decays and rates in float32 and the rest in the case's type.
+    """
 
     def refusal(self, case: Case, mode: str) -> str | None:
-        if not case.device.startswith("cuda"):
-            return f"fla's ops need a GPU (device={case.device})"
-        if importlib.util.find_spec("fla") is None:
-            return "not installed: pip install flash-linear-attention"
         if mode == "decode":
-            return "not adapted"
-        return None if _fla_op(case) else "fla has no op for this design; gated_deltanet, retnet and their like have one"
+            return "not adapted: its op takes whole sequences; --path fla decodes"
+        return Ours("fla", "", "fla").refusal(case, mode)
 
     def forward(self, case: Case) -> tuple[Forward, list[Tensor]]:
-        inputs, name = memory_inputs(case), _fla_op(case)
-        assert name is not None
-        op: Any = getattr(importlib.import_module(f"fla.ops.{name}"), f"chunk_{name}")
-        q, k, v, beta, g = (inputs[name] for name in ("q", "k", "v", "lr", "log_decay"))
-        tensors = [q, k, v, beta, g]
-        if name == "gated_delta_rule":
-            return lambda: op(q, k, v, g=g, beta=beta, scale=1.0)[0], tensors
-        return lambda: op(q, k, beta[..., None].to(v) * v, g=g, scale=1.0)[0], tensors
+        inputs, n = memory_inputs(case), case.design.learning.micro_steps
+        with torch.no_grad():
+            name, made = fla_ops._inputs(build_problem(**inputs), None, inputs["log_decay"] is not None)
+        kept = ("g", "gk", "beta")
+        given = {
+            key: x.transpose(1, 2).to(x.dtype if key in kept else case.torch_dtype).contiguous().requires_grad_()
+            for key, x in made.items()
+        }
+        module = "generalized_delta_rule" if name == "dplr_delta_rule" else name
+        op: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{name}")
+        return lambda: op(**given, scale=1.0)[0][:, n - 1 :: n], list(given.values())
 
 
-def _fla_op(case: Case) -> str | None:
-    design = case.design
-    plain = (
+def _is_gated_delta_rule(design: Design) -> bool:
+    return (
         design.parametric
-        and design.memory is not None
-        and design.memory.linear
-        and design.learning.kind == "GradientDescent"
+        and fla_ops.unfit(design) is None
+        and (design.learning.kind, design.bias.kind) == ("GradientDescent", "L2")
+        and (design.gradient_at, design.anchor) == ("decayed", "origin")
+        and design.inputs.decay is not None
+        and not products.per_channel_gates(design)
     )
-    if not plain or products.per_channel_gates(design) or design.inputs.decay is None:
-        return None
-    if design.bias.kind == "L2" and design.gradient_at == "decayed":
-        return "gated_delta_rule"
-    return "simple_gla" if design.bias.kind == "Dot" else None
 
 
 def _whole_windows(case: Case) -> str | None:
@@ -326,7 +346,7 @@ PEERS: dict[str, Contender] = {
         Titans("titans-by-token", "NeuralMemory, chunk_size 1, batch_size = refresh", by_token=True),
         Attention("sdpa", "causal softmax attention of PyTorch"),
         DeltaRule("delta-rule", f"the gated delta rule by triangular solves, blocks of {BLOCK}"),
-        Fla("fla", "flash-linear-attention's op"),
+        Fla("fla", "flash-linear-attention's op for the design"),
     )
 }
 """What a design can be measured beside, by name."""

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -120,8 +120,9 @@ def measure(
 ) -> Results:
     """Measure every contender that can run on every case in every mode.
 
-    After one repeat that is not counted, contenders take turns (A B C A B C ...). Peak memory is that of one repeat in a
-    fresh process for each: allocated on a GPU, resident otherwise, above what was there when it began.
+    After one repeat that is not counted, contenders take turns (A B C A B C ...); one that runs out of GPU memory, or whose
+    path cannot run after all, is left out. Peak memory is that of one repeat in a fresh process for each: allocated on a
+    GPU, resident otherwise, above what was there when it began.
 
     Raises:
         ValueError: no contender can run.
@@ -131,50 +132,64 @@ def measure(
     refusals: list[Refusal] = []
     for case in cases:
         for mode in modes:
-            able: list[Contender] = []
-            for contender in chosen:
-                reason = contender.refusal(case, mode)
-                if reason is None:
-                    able.append(contender)
-                elif (refusal := Refusal(contender.name, mode, reason)) not in refusals:
-                    refusals.append(refusal)
+            reasons = [(contender, contender.refusal(case, mode)) for contender in chosen]
+            able = [contender for contender, reason in reasons if reason is None]
             progress(f"{case.model}, {case.tokens} tokens, {mode}: {', '.join(c.name for c in able)}")
-            found += _measured(case, mode, able, repeats, memory)
+            seconds, failed = _timed(case, mode, able, repeats)
+            refused = [Refusal(c.name, mode, reason) for c, reason in reasons if reason is not None]
+            refusals = list(dict.fromkeys([*refusals, *refused, *failed]))
+            found += [_measurement(case, mode, contender, times, memory) for contender, times in seconds.items()]
     require(len(found) > 0, "nothing to measure: " + "; ".join(f"{r.name} ({r.mode}): {r.reason}" for r in refusals))
     return Results(machine(), tuple(found), tuple(refusals))
 
 
-def _measured(case: Case, mode: str, able: list[Contender], repeats: int, memory: bool) -> list[Measurement]:
-    seconds = _timed(case, [contender.work(case, mode) for contender in able], repeats)
-    tokens = case.batch * (DECODED if mode == "decode" else case.tokens)
-    return [
-        Measurement(
-            contender.name,
-            contender.describe(case),
-            mode,
-            case,
-            tokens,
-            tuple(times),
-            contender.flops(case, mode),
-            peak_memory(contender, case, mode) if memory else None,
-        )
-        for contender, times in zip(able, seconds, strict=True)
-    ]
+def _measurement(case: Case, mode: str, contender: Contender, times: list[float], memory: bool) -> Measurement:
+    return Measurement(
+        contender.name,
+        contender.describe(case, mode),
+        mode,
+        case,
+        case.batch * (DECODED if mode == "decode" else case.tokens),
+        tuple(times),
+        contender.flops(case, mode),
+        peak_memory(contender, case, mode) if memory else None,
+    )
 
 
-def _timed(case: Case, works: list[Work], repeats: int) -> list[list[float]]:
-    """Seconds of every repeat of every work, taken in turn."""
-    seconds: list[list[float]] = [[] for _ in works]
+def _timed(
+    case: Case, mode: str, able: Sequence[Contender], repeats: int
+) -> tuple[dict[Contender, list[float]], list[Refusal]]:
+    """Seconds of every repeat of every contender, taken in turn, and why those that are left out of them failed."""
+    works: dict[Contender, Work] = {}
+    seconds: dict[Contender, list[float]] = {contender: [] for contender in able}
+    failed: list[Refusal] = []
+
+    @contextlib.contextmanager
+    def left_out_if_it_fails(contender: Contender) -> Generator[None]:
+        try:
+            yield
+        except (torch.OutOfMemoryError, ValueError) as error:
+            # A path that accepts a design by its facts may still find that it cannot run it: a ValueError of `memorize`.
+            works.pop(contender, None)
+            seconds.pop(contender, None)
+            reason = "out of GPU memory" if isinstance(error, torch.OutOfMemoryError) else str(error)
+            refresh = f", refresh {case.design.refresh}" if case.design.parametric else ""
+            failed.append(Refusal(contender.name, mode, f"{case.tokens} tokens{refresh}: {reason}"))
+
+    for contender in able:
+        with left_out_if_it_fails(contender):
+            works[contender] = contender.work(case, mode)
     gc.collect()
     for repeat in range(repeats + 1):
-        for work, times in zip(works, seconds, strict=True):
-            _wait(case)
-            start = time.perf_counter()
-            work()
-            _wait(case)
-            if repeat > 0:
-                times.append(time.perf_counter() - start)
-    return seconds
+        for contender, work in list(works.items()):
+            with left_out_if_it_fails(contender):
+                _wait(case)
+                start = time.perf_counter()
+                work()
+                _wait(case)
+                if repeat > 0:
+                    seconds[contender].append(time.perf_counter() - start)
+    return seconds, failed
 
 
 def _wait(case: Case) -> None:
@@ -183,11 +198,12 @@ def _wait(case: Case) -> None:
 
 
 def peak_memory(contender: Contender, case: Case, mode: str) -> int | None:
-    """Bytes that one repeat needs beyond its inputs, in a fresh process; None if that process was killed."""
+    """Bytes that one repeat needs beyond its inputs, in a fresh process; None if it was killed or ran out of GPU memory."""
+    torch.cuda.empty_cache()  # the fresh process needs what this one only keeps for later
     with ProcessPoolExecutor(1, mp_context=_fresh()) as pool:
         try:
             return pool.submit(_peak, contender, case, mode, torch.get_num_threads()).result()
-        except BrokenProcessPool:
+        except (BrokenProcessPool, torch.OutOfMemoryError):
             return None
 
 

@@ -89,21 +89,28 @@ def floor_flops(case: Case, mode: str, path: str | None = None) -> int:
     return flops(case, mode, path) + again
 
 
+def operand_type(case: Case) -> torch.dtype:
+    """The type of the floor's operands: the case's on a GPU; on a CPU, where our paths compute in it, float32 at least."""
+    if case.device.startswith("cuda") or case.dtype == "float64":
+        return case.torch_dtype
+    return torch.float32
+
+
 def floor(case: Case, mode: str, path: str | None = None) -> Callable[[], None]:
     """A function that computes these products and nothing else.
 
     Forward and backward: the forward products twice (an engine that keeps no intermediate results recomputes them) and two
-    more for the gradients. Operands are reused from product to product, so that they lie in the cache where they fit.
+    more for the gradients. Operands are of `operand_type`, and reused from product to product, so that they lie in the
+    cache where they fit.
     """
-    compute = torch.float64 if case.dtype == "float64" else torch.float32
-    backward = mode == "forward+backward"
+    dtype, backward = operand_type(case), mode == "forward+backward"
     merged: dict[Product, int] = {}
     for p in products(case, mode, path):
         merged[p._replace(times=1)] = merged.get(p._replace(times=1), 0) + p.times
 
     def operands(p: Product) -> tuple[Tensor, Tensor, Tensor]:
         sizes = ((p.m, p.k), (p.k, p.n), (p.m, p.n))
-        a, b, c = (torch.rand(p.batch, *size, dtype=compute, device=case.device) for size in sizes)
+        a, b, c = (torch.rand(p.batch, *size, dtype=dtype, device=case.device) for size in sizes)
         return a, b, c
 
     made = [(p, times, *operands(p)) for p, times in merged.items()]
