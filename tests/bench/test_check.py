@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parents[2] / "benchmarks/check.py"
-
-
-def load() -> Any:
-    spec = importlib.util.spec_from_file_location("check", FILE)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["check"] = module  # where its dataclass looks its annotations up
-    spec.loader.exec_module(module)
-    return module
+from tests.bench.scripts import script
 
 
 def test_what_moved() -> None:
-    check = load()
+    check = script("check")
     before = {"same": 2.0, "slower": 2.0, "faster": 2.0, "gone": 1.0}
     now = {"same": 2.39, "slower": 2.41, "faster": 1.66, "new": 1.0}
     found = check.moved(now, before, 0.2)
@@ -34,7 +22,7 @@ def test_what_moved() -> None:
 
 
 def test_the_baseline_is_of_these_ratios() -> None:
-    check = load()
+    check = script("check")
     baseline = json.loads(check.BASELINE.read_text())
     assert {ratio.name for ratio in check.RATIOS} < set(baseline["ratios"])
     assert all(ratio.case().design.parametric for ratio in check.RATIOS)
@@ -43,7 +31,7 @@ def test_the_baseline_is_of_these_ratios() -> None:
 
 def test_it_measures(monkeypatch: Any) -> None:
     """On sequences of 128 tokens, once each: every ratio is positive and is in the baseline."""
-    check = load()
+    check = script("check")
     monkeypatch.setattr(check, "TOKENS", 128)
     found = check.measured(1)
     assert set(found) == set(json.loads(check.BASELINE.read_text())["ratios"])

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from miras.design import Design
 from miras.engine.attention import run_attention, run_packed
+from miras.engine.checks import check_inputs, check_state, check_values
 from miras.engine.chunk import run_chunks
-from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem, check_inputs, check_state, check_values
+from miras.engine.problem import AttentionState, MemoryState, Problem, build_problem
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
 from miras.kernels import fla_ops, native, triton
