@@ -50,15 +50,13 @@ def test_a_run_is_named_by_all_that_it_is_and_by_nothing_else(tiny: Study) -> No
         assert [item.run.key for item in planned(study_from(raw_study(Path("none")), [override]))] == keys, override
 
 
-def test_axes_reach_the_task_the_size_the_training_and_the_design() -> None:
-    axes = {"train.lr": [0.1], "task.num_tokens": [9], "size.parameters": [1600], "design.inputs.weight_std": [0.5]}
+def test_axes_reach_the_size_the_training_and_the_design() -> None:
+    axes = {"train.lr": [0.1], "size.hidden_size": [6], "design.inputs.weight_std": [0.5]}
     raw = raw_study(
         Path("none"), axes=axes, models={"Moneta": {"name": "moneta", "axes": {"design.bias.p": [2.0, 1.5]}}}, seeds=[3]
     )
     runs = [item.run for item in planned(study_from(raw))]
-    assert [(run.train["lr"], run.task["num_tokens"], run.size["parameters"], run.seed) for run in runs] == [
-        (0.1, 9, 1600, 3)
-    ] * 2
+    assert [(run.train["lr"], run.size["hidden_size"], run.seed) for run in runs] == [(0.1, 6, 3)] * 2
     assert [run.design["bias"] for run in runs] == [{"family": "bias", **Lp(p).to_dict()} for p in (2.0, 1.5)]
     assert runs[0].design["inputs"]["weight_std"] == 0.5
     assert runs[0].design["inputs"]["features"] == models.moneta().to_dict()["inputs"]["features"]

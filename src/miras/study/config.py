@@ -91,7 +91,7 @@ class Study:
     tasks      name: {kind: ..., fields of the task, train: {...}, size: {...}}
     models     name: {name: a function of miras.models, design, train, size, axes, evaluate: what differs for this one}
     sizes      name: fields of `size` that differ (default: one size)
-    axes       key: [values], or {low, high, log, integer} for a search; keys train.*, size.*, task.* and design.*
+    axes       key: [values], or {low, high, log, integer} for a search; keys train.*, size.* and design.*
     evaluate   design.*: [values] with which a trained model is run again, and by how much its outputs then deviate from
                those at the first values
     baselines  models that every other one is tested against

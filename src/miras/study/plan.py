@@ -22,8 +22,10 @@ from miras.tasks import Task
 VERSION = 1
 """Part of every hash: raised when the same configuration no longer means the same run."""
 
-ROOTS = ("train", "size", "task", "design")
-SAME_FOR_ALL = ("steps", "batch_size", "num_tests")  # of `train`: what examples a run sees
+ROOTS = ("train", "size", "design")
+SAME_FOR_ALL = ("train.steps", "train.batch_size", "train.num_tests", "size.parameters")
+"""What a comparison needs to be equal: the examples that a run sees, and the parameters."""
+
 HEATMAP_KEYS = ("x", "y", "metric", "condition", "models")
 MODEL_KEYS = ("name", "design", "train", "size", "axes", "evaluate")
 
@@ -186,6 +188,7 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
     by_task = {"train": task.pop("train", {}), "size": task.pop("size", {})}
     _refuse_unequal(group.model, model)
     try:
+        asked = Task.from_dict(task)
         train = _section(TrainSection, "train", study.train, by_task["train"], model.get("train", {}), own["train"])
         size = _section(
             SizeSection,
@@ -196,7 +199,6 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
             model.get("size", {}),
             own["size"],
         )
-        asked = Task.from_dict(merged(task, own["task"]))
         changes = merged(model.get("design", {}), own["design"])
         design = models.named(model["name"], **changes).to_dict()
         if size["parameters"] is None:
@@ -214,9 +216,17 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
 
 
 def axes_of(raw: Mapping[str, Any], search: str) -> tuple[Axis, ...]:
-    """Axes from lists and ranges by dotted or nested keys. Raises ValueError for what is none."""
+    """Axes from lists and ranges by dotted or nested keys. Raises ValueError for what is none.
+
+    Refused too are axes over what all runs of a task and a size have in common: among those no setting could be selected.
+    """
     found: dict[str, Axis] = {}
     for key, value in _flat(raw):
+        if key in SAME_FOR_ALL or key.startswith("task."):
+            raise ValueError(
+                f"study: axis {key}; settings of a model are compared at equal examples and parameters. "
+                "Give several `tasks` (each may have a `train` of its own) or `sizes`"
+            )
         if key.split(".")[0] not in ROOTS or "." not in key:
             raise ValueError(f"study: axis {key!r}; a key begins with {', '.join(f'{root}.' for root in ROOTS)}")
         if isinstance(value, list) and value:
@@ -269,9 +279,7 @@ def _evaluations(model: Mapping[str, Any], changes: Mapping[str, Any], raw: Mapp
 
 def _refuse_unequal(name: str, model: Mapping[str, Any]) -> None:
     """Refuse a model's own parameters or examples: that comparison would not be equal."""
-    own = [f"train.{key}" for key in model.get("train", {}) if key in SAME_FOR_ALL]
-    own += [f"size.{key}" for key in model.get("size", {}) if key == "parameters"]
-    own += [key for key in model.get("axes", {}) if key in (*(f"train.{k}" for k in SAME_FOR_ALL), "size.parameters")]
+    own = [key for part in ("train", "size") for key, _ in _flat(model.get(part, {}), f"{part}.") if key in SAME_FOR_ALL]
     if own:
         raise ValueError(
             f"study: model {name!r} has its own {', '.join(own)}; all models get the same. Set it for all of them"
