@@ -10,14 +10,22 @@ import pytest
 
 from miras import cli
 from miras.study.config import Study, restricted, study_from
-from miras.study.figures import heat
+from miras.study.heat import heat
 from miras.study.page import write_study_report
 from miras.study.plan import Planned
 from miras.study.results import Results, collect
 from miras.study.run import Row
 from miras.study.search import batches
 from miras.study.store import Store
-from miras.study.tables import Table, ablation_table, changed_tables, comparison_table, condition_tables, main_table
+from miras.study.tables import (
+    Table,
+    ablation_table,
+    changed_tables,
+    comparison_table,
+    condition_tables,
+    heat_tables,
+    main_table,
+)
 from tests.study.conftest import raw_study
 
 ACCURACY = {"Delta": 0.5, "Transformer": 0.4, "Delta: no gate": 0.3}
@@ -192,6 +200,11 @@ def test_conditions_and_heat_maps(results: Results) -> None:
     assert rates[0].values[2].tolist() == pytest.approx([0.51, 0.41])
     assert evaluated[0].ys == ["refresh", "token"]
     assert (evaluated[0].values == 0.25).all()
+    one, other = heat_tables(results)[:2]
+    assert (list(one.headings), one.title) == (["model", "0.01", "0.02"], "echo, small: accuracy")
+    assert cells(one, model="Delta")["0.02"] == "0.410 [0.400, 0.420]"
+    assert [row[0] for row in other.rows] == ["token", "refresh"]
+    assert "lr in training across" in other.note
 
 
 def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -> None:
@@ -199,6 +212,11 @@ def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -
     assert not re.search(r"(src|href)=[\"']?http", page)
     assert "<script" not in page
     assert page.count("<svg") == 6  # seeds, conditions, two heat maps, FLOPs, curves
+    saved = {file.stem: file.read_text() for file in (Path(study.out) / "figures").iterdir()}
+    assert sorted(saved) == [
+        *("against-the-flops-of-training", "by-condition", "heat-maps", "heat-maps-2", "learning-curves", "results")
+    ]
+    assert all(figure in page for figure in saved.values())
     for text in (page, markdown):
         for said in ("miras study some.yaml", "36 runs; 2 of them diverged", "3 seeds: bootstrap intervals", "0123456789ab"):
             assert said in text

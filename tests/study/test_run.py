@@ -11,18 +11,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from miras import models
+from miras.kernels.fused import compiled_from
 from miras.study import run as running
 from miras.study import runner
 from miras.study.config import ResourcesSection, Study, study_from
 from miras.study.model import build
 from miras.study.plan import Run
-from miras.study.run import TEST, Row, execute, measure, split
+from miras.study.run import TEST, Row, count_flops, execute, measure, split
 from miras.study.runner import run_study
 from miras.study.search import batches
 from miras.study.store import Store
 from miras.tasks import Task
-from tests.study.conftest import raw_study
+from tests.study.conftest import TinyEcho, raw_study
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -51,6 +55,24 @@ def test_a_study_runs_and_all_models_see_the_same(tiny: Study) -> None:
     assert row.validation != row.tests[0]["metrics"]
     assert len(row.curve) == 4
     assert min(row.tokens_per_second, row.peak_memory, row.flops, row.seconds) > 0
+
+
+def test_flops_of_a_transformer_are_those_of_its_weights_and_its_attention() -> None:
+    task, size = TinyEcho(num_tokens=10), {"hidden_size": 8, "num_hidden_layers": 2, "num_heads": 2, "intermediate_size": 12}
+    model = build(task, models.named("transformer").to_dict(), size)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    # Forward 2, backward 4 a weight; and two products of every query with every key or value, 2 layers of width 8.
+    assert count_flops(model, task) == 6 * weights + 3 * 2 * (2 * 10 * 8) * 2
+
+
+def test_flops_are_those_of_torchs_operations_whatever_path_runs() -> None:
+    task, size = TinyEcho(num_tokens=32), {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
+    model = build(task, models.named("ttt_mlp").to_dict(), size)
+    expected = count_flops(model, task)
+    with compiled_from(0):
+        with FlopCounterMode(display=False) as unaware:
+            model(task.sample(1, np.random.default_rng(0)).inputs).sum().backward()
+        assert unaware.get_total_flops() / 32 < expected == count_flops(model, task)
 
 
 def test_a_run_again_is_the_same_to_the_bit(tiny: Study) -> None:
@@ -221,7 +243,8 @@ def test_guided_trials_follow_from_the_rows_and_stop_where_they_end(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_rows(tiny: Study) -> None:
+@pytest.mark.parametrize("cluster", [False, True])
+def test_ray_gives_the_same_rows(tiny: Study, cluster: bool) -> None:
     study = replace(tiny, seeds=[0])
     here = {item.run.key: execute(item.run, ResourcesSection()).tests for item in next(batches(study, lambda _: None))}
     script = """
@@ -230,10 +253,15 @@ from pathlib import Path
 from miras.study.config import study_from
 from miras.study.runner import run_study
 from tests.study.conftest import raw_study
-run_study(study_from(raw_study(Path(sys.argv[1]), seeds=[0], imports=["tests.study.conftest"])), workers=2)
+study, address = study_from(raw_study(Path(sys.argv[1]), seeds=[0], imports=["tests.study.conftest"])), None
+if sys.argv[2:] == ["cluster"]:
+    from ray.cluster_utils import Cluster
+    address = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}).address
+run_study(study, address, workers=2)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])}
-    subprocess.run([sys.executable, "-c", script, study.out], env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", script, study.out, *(["cluster"] if cluster else [])]
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
     found = Store(Path(study.out)).rows()
     assert {row.status for row in found.values()} == {"done"}, [row.trace for row in found.values()]
     assert {key: row.tests for key, row in found.items()} == here

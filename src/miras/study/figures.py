@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 
 from miras.report.figures import COLOURS, STYLE, svg
-from miras.study.plan import shown
+from miras.study.heat import Panel, heat, place_name, tick
 from miras.study.results import Cell, Results
 from miras.study.statistics import Estimate
 
@@ -25,17 +24,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 FAILED = "#d5dade"
 WIDTH = 11.0  # inches
-
-
-@dataclass(frozen=True)
-class Panel:
-    """A heat map: values [y, x], NaN where no run finished."""
-
-    title: str
-    xs: list[Any]
-    ys: list[Any]
-    values: np.ndarray
-    higher_is_better: bool
 
 
 def dots(results: Results) -> str:
@@ -57,7 +45,7 @@ def dots(results: Results) -> str:
                 )
                 _interval(axes, results.estimate(values), y, colour)
             axes.set_yticks(range(len(cells)), [cell.model for cell in cells])
-            axes.set(title=_place(*place), xlabel=metric, ylim=(-0.6, len(cells) - 0.4))
+            axes.set(title=place_name(*place), xlabel=metric, ylim=(-0.6, len(cells) - 0.4))
         for axes in list(grid.flat)[len(places) :]:
             axes.set_visible(False)
         return svg(figure)
@@ -74,7 +62,7 @@ def curves(results: Results) -> str:
             axes.plot(mean[:, 0] * tokens, mean[:, 1], **look, markevery=max(1, len(mean) // 8))
 
     def finish(axes: Axes, place: tuple[str, str]) -> None:
-        axes.set(title=_place(*place), xlabel="tokens read", ylabel="training loss")
+        axes.set(title=place_name(*place), xlabel="tokens read", ylabel="training loss")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
     places = list(dict.fromkeys((cell.task, cell.size) for cell in results.selected.values()))
@@ -108,7 +96,7 @@ def conditions(results: Results) -> str | None:
         axes.fill_between([x for x, _ in kept], low, high, color=look["color"], alpha=0.12, linewidth=0)
 
     def finish(axes: Axes, place: tuple[str, str, str]) -> None:
-        axes.set(title=_place(*place[:2]), xlabel=place[2], ylabel=results.task(place[0]).metric)
+        axes.set(title=place_name(*place[:2]), xlabel=place[2], ylabel=results.task(place[0]).metric)
         xs = [x for x, _ in series[place]]
         if min(xs) > 0 and max(xs) / min(xs) >= 4:
             axes.set_xscale("log", base=2)
@@ -163,7 +151,7 @@ def heatmap(results: Results, entry: Mapping[str, Any]) -> str | None:
         grid = figure.subplots(rows, columns, squeeze=False)
         for axes, panel in zip(grid.flat, panels, strict=False):
             _draw_panel(axes, panel)
-            axes.set(xlabel=_axis(entry["x"], entry["y"]), ylabel=_axis(entry["y"], entry["x"]))
+            axes.set(xlabel=panel.x, ylabel=panel.y)
         for axes in list(grid.flat)[len(panels) :]:
             axes.set_visible(False)
         return svg(figure)
@@ -172,58 +160,13 @@ def heatmap(results: Results, entry: Mapping[str, Any]) -> str | None:
 def _draw_panel(axes: Axes, panel: Panel) -> None:
     """Light is good, dark is bad, whichever way the metric goes."""
     shades = colormaps["cividis" if panel.higher_is_better else "cividis_r"]
-    image = axes.imshow(np.ma.masked_invalid(panel.values), cmap=shades, aspect="auto", origin="lower")
-    for y, x in np.ndindex(panel.values.shape):
-        _write(axes, x, y, float(panel.values[y, x]), image.norm, shades)
-    axes.set_xticks(range(len(panel.xs)), [_tick(x) for x in panel.xs])
-    axes.set_yticks(range(len(panel.ys)), [_tick(y) for y in panel.ys])
+    values = panel.values
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=shades, aspect="auto", origin="lower")
+    for y, x in np.ndindex(values.shape):
+        _write(axes, x, y, float(values[y, x]), image.norm, shades)
+    axes.set_xticks(range(len(panel.xs)), [tick(x) for x in panel.xs])
+    axes.set_yticks(range(len(panel.ys)), [tick(y) for y in panel.ys])
     axes.set_title(panel.title, fontsize=9.5)
-
-
-def heat(results: Results, entry: Mapping[str, Any]) -> list[Panel]:
-    """The panels of a heat map. Where other axes differ too, the setting with the best validation score stands."""
-    x_key, y_key = entry["x"], entry["y"]
-    places: dict[tuple[str, str, str], dict[tuple[Any, Any], tuple[Cell, dict[str, Any]]]] = {}
-    for cell in results.cells:
-        if cell.model not in entry.get("models", [cell.model]):
-            continue
-        for point, changed in _points(cell, (x_key, y_key)):
-            if x_key in point and y_key in point:
-                place = (cell.task, cell.size, "" if y_key == "model" else cell.model)
-                found, at = places.setdefault(place, {}), (point[x_key], point[y_key])
-                if at not in found or results.better(cell, found[at][0]):
-                    found[at] = (cell, changed)
-    return [_panel(results, entry, place, found) for place, found in places.items()]
-
-
-def _panel(
-    results: Results,
-    entry: Mapping[str, Any],
-    place: tuple[str, str, str],
-    found: Mapping[tuple[Any, Any], tuple[Cell, dict[str, Any]]],
-) -> Panel:
-    task = results.task(place[0])
-    metric = entry.get("metric") or task.metric
-    xs, ys = (_ordered(list(dict.fromkeys(at[i] for at in found))) for i in (0, 1))
-    values = np.full((len(ys), len(xs)), math.nan)
-    for (x, y), (cell, changed) in found.items():
-        value = results.estimate(cell.values(metric, entry.get("condition"), changed))
-        if value is not None:
-            values[ys.index(y), xs.index(x)] = value.mean
-    title = "\n".join(part for part in (place[2], f"{_place(*place[:2])}: {metric}") if part)
-    return Panel(title, xs, ys, values, task.higher_is_better and metric == task.metric)
-
-
-def _points(cell: Cell, keys: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Coordinates of a cell, once for each setting of `evaluate` if one of the keys asks for it."""
-    own = {**{key: _plain(value) for key, value in cell.settings}, "model": cell.model}
-    if not any(key.startswith("evaluate.") for key in keys):
-        return [(own, {})]
-    changes = next((run.run.evaluate for run in cell.runs.values()), [])
-    return [
-        ({**own, **{f"evaluate.{key}": _plain(value) for key, value in item["settings"].items()}}, item["settings"])
-        for item in changes
-    ]
 
 
 def _lines(
@@ -290,29 +233,3 @@ def _write(axes: Axes, x: int, y: int, value: float, norm: Callable[[Any], Any],
     red, green, blue, _ = shades(norm(value))
     bright = 0.299 * red + 0.587 * green + 0.114 * blue
     axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8.5, color="#1d252c" if bright > 0.5 else "white")
-
-
-def _ordered(values: list[Any]) -> list[Any]:
-    """Numbers from small to large, words from the last to the first: the first is on top."""
-    return sorted(values) if all(isinstance(value, (int, float)) for value in values) else values[::-1]
-
-
-def _plain(value: Any) -> Any:
-    """A coordinate: numbers and words as they are, choices as text."""
-    return value if isinstance(value, (int, float, str)) else shown([("", value)]).strip()
-
-
-def _tick(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _axis(key: str, other: str) -> str:
-    """A key for people: `evaluate.design.refresh` is the refresh that a model is run with."""
-    word = "" if key == "model" else key.split(".")[-1]
-    if key.startswith("evaluate."):
-        return f"{word} at run time"
-    return f"{word} in training" if other.startswith("evaluate.") else word
-
-
-def _place(task: str, size: str) -> str:
-    return f"{task}, {size}" if size else task

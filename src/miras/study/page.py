@@ -23,7 +23,8 @@ from miras.study.tables import Table
 TEMPLATE = Path(__file__).with_name("study.html.jinja")
 COLUMNS = (
     *("task", "size", "model", "setting", "seed", "status", "commit"),
-    *("parameters", "tokens", "tokens_per_second", "peak_bytes", "condition", "changed", "metric", "value"),
+    *("parameters", "tokens", "flops_per_token", "tokens_per_second", "peak_bytes"),
+    *("condition", "changed", "metric", "value"),
 )
 FEW = 6
 """Fewer seeds than this get a word of caution."""
@@ -41,9 +42,10 @@ class Section:
 
 
 def write_study_report(study: Study, command: str) -> tuple[Path, Path]:
-    """Write report.html, report.md and results.csv in the study's folder, from its store; `command` makes them again.
+    """Write report.html, report.md, results.csv and figures/ in the study's folder, from its store; return the first two.
 
-    results.csv has a line for every run, condition, changed setting and metric.
+    `command` makes them again. results.csv has a line for every run, condition, changed setting and metric; figures/ has
+    the page's figures, each as an SVG file.
 
     Raises:
         ValueError: no run has finished.
@@ -74,7 +76,17 @@ def write_study_report(study: Study, command: str) -> tuple[Path, Path]:
     markdown_file.write_text("\n".join(text).replace("\n\n\n", "\n\n"), encoding="utf-8")
     with (folder / "results.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *measurements(results)])
+    save_figures(parts, folder / "figures")
     return page_file, markdown_file
+
+
+def save_figures(parts: Sequence[Section], folder: Path) -> None:
+    """Every figure of the page as a file of its own, named by its section."""
+    folder.mkdir(exist_ok=True)
+    for section in parts:
+        name = section.title.lower().replace(" ", "-")
+        for place, figure in enumerate(section.figures):
+            (folder / f"{name}{f'-{place + 1}' if place else ''}.svg").write_text(figure, encoding="utf-8")
 
 
 def measurements(results: Results) -> Iterator[tuple[Any, ...]]:
@@ -82,7 +94,7 @@ def measurements(results: Results) -> Iterator[tuple[Any, ...]]:
     for cell in results.cells:
         for seed, row in cell.rows.items():
             run = (cell.task, cell.size, cell.model, cell.label, seed, row.status, row.commit)
-            cost = (row.parameters, row.tokens, round(row.tokens_per_second), row.peak_memory)
+            cost = (row.parameters, row.tokens, round(row.flops), round(row.tokens_per_second), row.peak_memory)
             for test in row.tests or [{"condition": "", "settings": {}, "metrics": {"": ""}}]:
                 for metric, value in test["metrics"].items():
                     found = f"{value:.6g}" if metric else ""
@@ -99,8 +111,14 @@ def sections(results: Results) -> list[Section]:
         *_section("Ablation: one choice at a time", "", [], [tables.ablation_table(results)]),
         *_section("By condition", "", [figures.conditions(results)], tables.condition_tables(results)),
         *_section("Heat maps", "Means over seeds.", maps, []),
+        *_section("Heat maps in numbers", "", [], tables.heat_tables(results), folded=True),
         *_section("Run with other settings", "", [], tables.changed_tables(results), folded=True),
-        *_section("Against the FLOPs of training", "Counted on one example on a CPU.", [figures.scaling(results)], []),
+        *_section(
+            "Against the FLOPs of training",
+            "Of the matrix products, counted on one example.",
+            [figures.scaling(results)],
+            [],
+        ),
         *_section("Learning curves", "Training loss, mean over seeds.", [figures.curves(results)], []),
         *_section("Runs that did not finish", "", [], [tables.failure_table(results)]),
         *_section("Every setting", "", [], [tables.settings_table(results)], folded=True),

@@ -6,6 +6,7 @@ import hashlib
 import math
 import platform
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainingArguments, set_seed
@@ -45,7 +47,7 @@ class Row:
     config      the run, as a dictionary
     examples    SHA-256 of all training inputs, in order: equal for runs that saw the same
     tokens      positions of all training inputs
-    flops       of the matrix products of one training step, per token, on the path of a CPU
+    flops       of the matrix products of one training step, per token (see `count_flops`)
     curve       [step, training loss] along the way
     validation  metrics on draws that no test uses: what settings are selected by
     tests       [{"condition": ..., "settings": {...}, "metrics": {...}, "count": ...}]
@@ -241,9 +243,13 @@ def split(batch: Batch, size: int) -> Iterator[Batch]:
 
 
 def count_flops(model: nn.Module, task: Task) -> float:
-    """FLOPs a token of the matrix products of one training step, counted on one example."""
+    """FLOPs a token of the matrix products of one training step, counted on one example.
+
+    Counted is what torch's own operations compute, the masked half of an attention too: nothing runs as a program of ours or
+    as a fused attention, which the counter would not see.
+    """
     batch = task.sample(1, np.random.default_rng(0))
-    with FlopCounterMode(display=False) as counter:
+    with compiled_from(sys.maxsize), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         task.loss(model(batch.inputs), batch.targets).backward()
     model.zero_grad()
     return counter.get_total_flops() / batch.inputs.shape[1]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from miras.study.heat import heat, tick
 from miras.study.plan import shown
 from miras.study.results import Cell, Results
 from miras.study.statistics import Comparison, Estimate, compare, corrected
@@ -57,17 +58,19 @@ def main_table(results: Results) -> Table:
                 f"{len(done)} of {len(cell.runs)}",
                 f"{done[0].parameters:,}" if done else "",
                 f"{done[0].tokens:,}" if done else "",
+                f"{done[0].flops / 1e6:.2f}" if done else "",
                 f"{_mean([row.tokens_per_second for row in done]):,.0f}" if done else "",
                 f"{max(row.peak_memory for row in done) / 1e6:,.0f}" if done else "",
             ]
         )
     headings = ["task", *(["size"] if sized else []), "model", *(["selected setting"] if tuned else []), "mean [interval]"]
-    headings += ["seeds", "parameters", "tokens", "tokens/s", "peak MB"]
+    headings += ["seeds", "parameters", "tokens", "MFLOPs/token", "tokens/s", "peak MB"]
     settings = results.study.statistics
     selected = " Of several settings the one that is best on validation draws is shown, on test draws." if tuned else ""
     note = (
         f"Mean over seeds and its {settings.confidence:.0%} {settings.interval} bootstrap interval, under each task's first "
-        f"condition. Tokens are those of one run's training; peak memory is the largest of a whole process.{selected}"
+        f"condition. Tokens are those of one run's training, FLOPs those of its matrix products, peak memory the largest of "
+        f"a whole process.{selected}"
     )
     return Table("Results", note, headings, rows, frozenset(strong), frozenset(range(2 + sized + tuned)))
 
@@ -152,6 +155,17 @@ def _changed_table(
     headings = ["model", "trained with", *(f"run with {name}" for name, _ in settings)]
     place = ", ".join(part for part in (cells[0].task, condition) if part)
     return Table(f"{place}: {metric} at run time", note, headings, rows, left=frozenset({0, 1}))
+
+
+def heat_tables(results: Results) -> list[Table]:
+    """The heat maps in numbers, rows from the top down."""
+    found: list[Table] = []
+    for panel in (panel for entry in results.study.heatmaps for panel in heat(results, entry)):
+        rows = [[tick(y), *(_estimate(panel.estimates.get((x, y))) for x in panel.xs)] for y in panel.ys[::-1]]
+        title, across = ", ".join(panel.title.splitlines()), f"; {panel.x} across" if panel.x else ""
+        headings = [panel.y or "model", *(tick(x) for x in panel.xs)]
+        found.append(Table(title, f"Mean over seeds and its interval{across}.", headings, rows))
+    return found
 
 
 def settings_table(results: Results) -> Table | None:

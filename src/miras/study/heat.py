@@ -1,0 +1,108 @@
+"""Heat maps: a metric over two of a study's keys, as grids of estimates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from miras.study.plan import shown
+from miras.study.results import Cell, Results
+from miras.study.statistics import Estimate
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A heat map: its axes' names and values, y from the bottom up, and the estimate at each (x, y) with finished runs."""
+
+    title: str
+    x: str
+    y: str
+    xs: list[Any]
+    ys: list[Any]
+    estimates: Mapping[tuple[Any, Any], Estimate]
+    higher_is_better: bool
+
+    @property
+    def values(self) -> np.ndarray:
+        """Means [y, x], NaN where no run finished."""
+        at = self.estimates
+        return np.array([[at[x, y].mean if (x, y) in at else math.nan for x in self.xs] for y in self.ys])
+
+
+def heat(results: Results, entry: Mapping[str, Any]) -> list[Panel]:
+    """The panels of a heat map. Where other axes differ too, the setting with the best validation score stands."""
+    x_key, y_key = entry["x"], entry["y"]
+    places: dict[tuple[str, str, str], dict[tuple[Any, Any], tuple[Cell, dict[str, Any]]]] = {}
+    for cell in results.cells:
+        if cell.model not in entry.get("models", [cell.model]):
+            continue
+        for point, changed in _points(cell, (x_key, y_key)):
+            if x_key in point and y_key in point:
+                place = (cell.task, cell.size, "" if y_key == "model" else cell.model)
+                found, at = places.setdefault(place, {}), (point[x_key], point[y_key])
+                if at not in found or results.better(cell, found[at][0]):
+                    found[at] = (cell, changed)
+    return [_panel(results, entry, place, found) for place, found in places.items()]
+
+
+def _panel(
+    results: Results,
+    entry: Mapping[str, Any],
+    place: tuple[str, str, str],
+    found: Mapping[tuple[Any, Any], tuple[Cell, dict[str, Any]]],
+) -> Panel:
+    task = results.task(place[0])
+    metric = entry.get("metric") or task.metric
+    xs, ys = (_ordered(list(dict.fromkeys(at[i] for at in found))) for i in (0, 1))
+    estimates = {
+        at: value
+        for at, (cell, changed) in found.items()
+        if (value := results.estimate(cell.values(metric, entry.get("condition"), changed))) is not None
+    }
+    title = "\n".join(part for part in (place[2], f"{place_name(*place[:2])}: {metric}") if part)
+    names = _axis(entry["x"], entry["y"]), _axis(entry["y"], entry["x"])
+    return Panel(title, *names, xs, ys, estimates, task.higher_is_better and metric == task.metric)
+
+
+def _points(cell: Cell, keys: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Coordinates of a cell, once for each setting of `evaluate` if one of the keys asks for it."""
+    own = {**{key: _plain(value) for key, value in cell.settings}, "model": cell.model}
+    if not any(key.startswith("evaluate.") for key in keys):
+        return [(own, {})]
+    changes = next((run.run.evaluate for run in cell.runs.values()), [])
+    return [
+        ({**own, **{f"evaluate.{key}": _plain(value) for key, value in item["settings"].items()}}, item["settings"])
+        for item in changes
+    ]
+
+
+def tick(value: Any) -> str:
+    """A coordinate for people."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _ordered(values: list[Any]) -> list[Any]:
+    """Numbers from small to large, words from the last to the first: the first is on top."""
+    return sorted(values) if all(isinstance(value, (int, float)) for value in values) else values[::-1]
+
+
+def _plain(value: Any) -> Any:
+    """A coordinate: numbers and words as they are, choices as text."""
+    return value if isinstance(value, (int, float, str)) else shown([("", value)]).strip()
+
+
+def _axis(key: str, other: str) -> str:
+    """A key for people: `evaluate.design.refresh` is the refresh that a model is run with."""
+    word = "" if key == "model" else key.split(".")[-1]
+    if key.startswith("evaluate."):
+        return f"{word} at run time"
+    return f"{word} in training" if other.startswith("evaluate.") else word
+
+
+def place_name(task: str, size: str) -> str:
+    """A task and size for people."""
+    return f"{task}, {size}" if size else task
