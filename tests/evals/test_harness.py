@@ -174,7 +174,7 @@ def test_missing_data_and_tasks_are_named(tokenizer: PreTrainedTokenizerBase, tm
     write_multiple_choice(folder)
     hub = {"task": "elsewhere", "dataset_path": "nobody/nothing", "test_split": "test", "output_type": "multiple_choice"}
     (folder / "elsewhere.yaml").write_text(json.dumps(hub))
-    with pytest.raises(FileNotFoundError, match=r"task elsewhere: its data is not on this machine.*HF_HOME"):
+    with pytest.raises(FileNotFoundError, match=r"the data of task elsewhere is not on this machine.*HF_HOME"):
         run_tasks(model, tokenizer, ["questions", "elsewhere"], include=folder)
     with pytest.raises(FileNotFoundError, match=r"bigbench_social_iqa.*are not on this machine.*--download.*358 MB"):
         run_tasks(model, tokenizer, ["bigbench_social_iqa"])
@@ -185,7 +185,7 @@ def test_the_harness_own_tasks_without_a_network(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, no_network: None
 ) -> None:
     model = make("yaad", tokenizer)
-    with pytest.raises(FileNotFoundError, match="task piqa: its data is not on this machine"):
+    with pytest.raises(FileNotFoundError, match="the data of task piqa is not on this machine"):
         run_tasks(model, tokenizer, ["piqa"])
     with pytest.raises(ValueError, match=r"no task 'hellaswagg'; did you mean .*hellaswag"):
         run_tasks(model, tokenizer, ["hellaswagg"])

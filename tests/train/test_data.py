@@ -161,6 +161,13 @@ def test_hub_data_sets_are_loaded_by_name(tmp_path: Path, streaming: bool, monke
     assert len(prepare(data).validation.starts) == len(validation)
 
 
+def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=r"data.corpus 'hub:no/where' is not on this machine.*HF_HOME"):
+        open_corpus(DataSection(corpus="hub:no/where"))
+
+
 def as_document(text: str) -> Document:
     return Document("", text)
 

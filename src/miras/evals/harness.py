@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from miras.evals import bigbench
 from miras.lm import MirasForCausalLM
+from miras.train.corpus import not_fetched
 
 try:
     import lm_eval
@@ -184,10 +185,7 @@ def _load(manager: TaskManager, name: str) -> Any:
     try:
         loaded: Any = manager.load([name])
     except OSError as error:
-        raise FileNotFoundError(
-            f"task {name}: its data is not on this machine and could not be fetched ({error}). Run the command once where "
-            "the Hugging Face hub can be reached; afterwards, or with HF_HOME copied from there, it needs no network"
-        ) from error
+        raise not_fetched(f"the data of task {name}", error) from error
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)

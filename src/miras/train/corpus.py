@@ -46,7 +46,8 @@ def open_corpus(data: DataSection) -> Corpus:
     """The corpus that `data.corpus` names, with its documents split into training and validation.
 
     Raises:
-        FileNotFoundError: `data.corpus` is neither the name of a bundled text, hub:NAME nor an existing path.
+        FileNotFoundError: `data.corpus` is neither the name of a bundled text, hub:NAME nor an existing path, or the hub
+            cannot be reached.
         ImportError: the package that holds the text, or datasets, is missing; the message says how to get it.
         ValueError: the corpus holds no text, or a package's text is not the known one.
     """
@@ -57,7 +58,10 @@ def open_corpus(data: DataSection) -> Corpus:
         return _split_corpus(data.corpus, _texts_hash(documents), lambda: documents, data.holdout)
     if data.corpus.startswith("hub:"):
         name, options = data.corpus.removeprefix("hub:"), {"split": data.split, "streaming": data.streaming}
-        rows = _datasets().load_dataset(name, data.subset, **options)
+        try:
+            rows = _datasets().load_dataset(name, data.subset, **options)
+        except ConnectionError as error:
+            raise not_fetched(f"data.corpus {data.corpus!r}", error) from error
         return _table_corpus(data, rows, None if data.streaming else str(rows._fingerprint))
     path = Path(data.corpus).expanduser()
     if not path.exists():
@@ -73,6 +77,14 @@ def open_corpus(data: DataSection) -> Corpus:
         return _table_corpus(data, rows, _files_hash(tables))
     documents = list(_text_documents(path))
     return _split_corpus(str(path), _texts_hash(documents), lambda: documents, data.holdout)
+
+
+def not_fetched(what: str, error: OSError) -> FileNotFoundError:
+    """What to raise for what the Hugging Face hub has and this machine has not."""
+    return FileNotFoundError(
+        f"{what} is not on this machine and could not be fetched ({error}). Run the command once where the Hugging Face hub "
+        "can be reached; afterwards, or with HF_HOME copied from there, it needs no network"
+    )
 
 
 def whole_corpus(data: DataSection) -> Iterator[Document]:
