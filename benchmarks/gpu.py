@@ -40,24 +40,16 @@ SECTIONS: dict[str, tuple[str, str]] = {
 }
 """Per section its heading and the arguments of `miras bench`."""
 
-DECODING = (
-    "python benchmarks/decode.py --device cuda --dtype bfloat16 --width 1024 --layers 24 --heads 16 --vocabulary 32000 "
-    "--contexts 2048"
-)
-"""Whole language models at batch 1."""
+DECODING = "--device cuda --dtype bfloat16 --width 1024 --layers 24 --heads 16 --vocabulary 32000 --contexts 2048"
+"""Arguments of benchmarks/decode.py."""
 
-HEAD = f"""
+HEAD = """
 Time, FLOP rate and peak memory of `miras.memorize` on one GPU, in bfloat16, with its peers in turn within one run. `triton`
 is the path of that name (docs/gpu.md), `fused` that of a window as one PyTorch graph, `miras` the default one, `floor` the
 matrix products alone, in bfloat16 too. Columns are those of `miras bench`; `of GEMM` divides by the floor's rate. The page
 is written by
 
     make bench-gpu
-
-How fast language models of 340 to 380M parameters decode one sequence after 2,048 tokens, a Transformer among them, is
-printed by
-
-    {DECODING}
 """
 
 
@@ -69,13 +61,23 @@ def measured(arguments: str, file: Path) -> Results:
     return Results.from_dict(json.loads(file.read_text()))
 
 
-def page(found: dict[str, Results]) -> str:
+def decoding(file: Path) -> str:
+    """What benchmarks/decode.py prints, from running it unless that is there already."""
+    if not file.exists():
+        command = [sys.executable, str(Path(__file__).with_name("decode.py")), *shlex.split(DECODING)]
+        file.write_text(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    return file.read_text()
+
+
+def page(found: dict[str, Results], decoded: str) -> str:
     """The page."""
     machine = machine_line(next(iter(found.values())))
     lines = ["# Speed on a GPU", "", HEAD.strip(), "", f"Machine: {machine}"]
     for name, (heading, arguments) in SECTIONS.items():
         refused = [f"- not run: {x.name}, {x.mode}: {x.reason}" for x in found[name].refusals]
         lines += ["", f"## {heading}", "", f"    miras bench {arguments}", "", markdown(found[name]), "", *refused]
+    lines += ["", "## Language models of 340 to 380M parameters, one sequence", ""]
+    lines += [f"    python benchmarks/decode.py {DECODING}", "", decoded.strip()]
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +90,7 @@ def main() -> None:
         raise SystemExit("no CUDA device is usable here; this page is measured on a GPU only")
     arguments.keep.mkdir(parents=True, exist_ok=True)
     found = {name: measured(command, arguments.keep / f"{name}.json") for name, (_, command) in SECTIONS.items()}
-    arguments.out.write_text(page(found))
+    arguments.out.write_text(page(found, decoding(arguments.keep / "decode.txt")))
 
 
 if __name__ == "__main__":

@@ -195,6 +195,16 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(path="fused").path == "fused"
 
 
+def test_where_it_compiles_when_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in (None, torch.device("cuda")):
+        assert miras.engine.plan(PLAIN, "fused", device=device).path == "fused"
+    monkeypatch.setattr(fused, "has_compiler", lambda: True)
+    assert fused.uncompiled(fused.MIN_WORK) is None
+    assert "not worth compiling" in str(fused.uncompiled(fused.MIN_WORK - 1))
+    monkeypatch.setattr(fused, "has_compiler", lambda: False)
+    assert "no C++ compiler" in str(fused.uncompiled(fused.MIN_WORK))
+
+
 @pytest.mark.slow
 # Raised by torch, where its own compiler imports a module.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")

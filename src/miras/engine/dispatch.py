@@ -21,7 +21,7 @@ from miras.engine.problem import AttentionState, MemoryState, Problem, build_pro
 from miras.engine.ragged import run_ragged
 from miras.engine.reference import run_reference
 from miras.kernels import fla_ops, native, triton
-from miras.kernels.fused import run_fused, unfit, unprofitable, work_of
+from miras.kernels.fused import run_fused, uncompiled, unfit, unprofitable, work_of
 from miras.kernels.graph import Untraceable
 from miras.kernels.online import run_online
 from miras.kernels.scan import run_scan
@@ -308,7 +308,7 @@ def _run(
         problem, source = _unpack(problem, bounds)
     run = run_reference
     if chosen.path == "fused":
-        compiled = unprofitable(problem.k.device, work_of(problem.design, problem.k, problem.v)) is None
+        compiled = uncompiled(work_of(problem.design, problem.k, problem.v)) is None
         if problem.design.refresh == 1:
             run = functools.partial(run_online, tile=chosen.tile, compiled=compiled)
         else:

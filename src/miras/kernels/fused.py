@@ -129,15 +129,20 @@ def unfit(design: Design) -> str | None:
 def unprofitable(
     device: torch.device, work: int | None = None, *, packed: bool = False, per_channel: bool = False
 ) -> str | None:
-    """Why compiling would not pay here; None where it does, or where the `work` (see `work_of`) is not known."""
+    """Why the path would not pay here; None where it does, or where the `work` (see `work_of`) is not known."""
     if device.type != "cpu":
         return f"it has been measured on CPUs only, not on {device.type}"
-    if not has_compiler():
-        return "no C++ compiler (g++ or clang++, or the one in $CXX), which torch.compile needs on a CPU"
     if per_channel:
         return "it has not been measured with rates or decays per channel, which take small blocks"
     if packed:
         return "packed sequences end apart, and every number of rows would be compiled anew"
+    return uncompiled(work)
+
+
+def uncompiled(work: int | None) -> str | None:
+    """Why the path, taken all the same, would run its graphs as they are; None where it compiles them, on any device."""
+    if not has_compiler():
+        return "no C++ compiler (g++ or clang++, or the one in $CXX), which torch.compile needs"
     return too_little(work, MIN_WORK)
 
 
