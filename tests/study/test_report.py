@@ -261,6 +261,13 @@ def test_every_figure_is_in_the_table_of_results(study: Study) -> None:
     assert [line["value"] for line in lines if line["status"] == "diverged"] == ["", ""]
 
 
+def test_shared_processes_are_pointed_out(study: Study) -> None:
+    for number in (1, 9):
+        study.resources.process_runs = number
+        _, markdown = write_study_report(study, "command")
+        assert ("Up to 9 runs shared a process" in markdown.read_text()) == (number == 9)
+
+
 def test_unfinished_studies_report_what_there_is(study: Study) -> None:
     more = study_from(raw_study(Path(study.out), seeds=[0, 1, 2, 3], axes={"train.lr": [0.01, 0.02]}, sizes=study.sizes))
     page, _ = write_study_report(more, "command")

@@ -165,6 +165,9 @@ def cautions(results: Results) -> list[str]:
         notes.append(
             f"No p-value of {seeds} pairs can be below {least:g} with the permutation test: nothing can be significant."
         )
+    if study.resources.process_runs > 1:
+        shared = study.resources.process_runs
+        notes.append(f"Up to {shared} runs shared a process: the peak memory of each includes what earlier ones left.")
     if results.missing:
         notes.append(f"{len(results.missing)} planned runs are not done yet; means are over the others.")
     if results.failures:
