@@ -148,7 +148,9 @@ def study(
     file: Annotated[Path, typer.Argument(help="A study, for example recipes/studies/recall.yaml.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example seeds=[0] train.steps=50.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Only this task; may be repeated.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Only this model, or `model: label` of its ablations; may be repeated.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Its folder (default: the file's `out`).")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster; default: the cores of this machine.")] = None,
     workers: Annotated[

@@ -200,7 +200,7 @@ def test_conditions_and_heat_maps(results: Results) -> None:
     assert rates[0].values[2].tolist() == pytest.approx([0.51, 0.41])
     assert evaluated[0].ys == ["refresh", "token"]
     assert (evaluated[0].values == 0.25).all()
-    one, other = heat_tables(results)[:2]
+    one, _, other = heat_tables(results)[:3]
     assert (list(one.headings), one.title) == (["model", "0.01", "0.02"], "echo, small: accuracy")
     assert cells(one, model="Delta")["0.02"] == "0.410 [0.400, 0.420]"
     assert [row[0] for row in other.rows] == ["token", "refresh"]
@@ -279,7 +279,14 @@ def test_unfinished_studies_report_what_there_is(study: Study) -> None:
 def test_a_part_of_a_study(study: Study) -> None:
     part = restricted(study, models=["Transformer"])
     assert (list(part.models), part.ablations, part.baselines) == (["Transformer"], [], ["Transformer"])
-    with pytest.raises(ValueError, match="no model 'Transfomer'; there are Delta, Transformer; did you mean Transformer"):
+    again = [{"of": "Delta", "revert": {"no gate": {}, "other": {}}}]
+    two = replace(study, ablations=again)
+    assert restricted(two, models=["Delta"]).ablations == again
+    one = restricted(two, models=["Delta: other", "Transformer"])
+    assert (list(one.models), one.ablations) == (["Delta", "Transformer"], [{"of": "Delta", "revert": {"other": {}}}])
+    with pytest.raises(
+        ValueError, match="no model 'Transfomer'; there are Delta, Transformer, Delta: no gate; did you mean"
+    ):
         restricted(study, models=["Transfomer"])
 
 

@@ -156,23 +156,35 @@ def import_all(modules: Iterable[str]) -> None:
 
 
 def restricted(study: Study, tasks: Sequence[str] = (), models: Sequence[str] = ()) -> Study:
-    """The part of a study with the tasks and models named, all where none is. Raises ValueError for unknown names."""
-    for key, names, known in (("task", tasks, study.tasks), ("model", models, study.models)):
+    """The part of a study with the tasks and models named, all where none is. Raises ValueError for unknown names.
+
+    A model comes with its ablations; one of them by its own name, "of: label", with its original and no other.
+    """
+    for key, names, known in (("task", tasks, study.tasks), ("model", models, {**study.models, **ablated(study)})):
         for name in names:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 raise ValueError(
                     f"study: no {key} {name!r}; there are {', '.join(known)}{f'; did you mean {near[0]}?' if near else ''}"
                 )
-    kept = [name for name in study.models if not models or name in models]
+    names = models or list(study.models)
+    ablations = [{**entry, "revert": _named(entry, names)} for entry in study.ablations]
+    ablations = [entry for entry in ablations if entry["revert"]]
+    kept = [name for name in study.models if name in names or name in [entry["of"] for entry in ablations]]
     return replace(
         study,
         tasks={name: task for name, task in study.tasks.items() if not tasks or name in tasks},
         compare={name: found for name, found in study.compare.items() if not tasks or name in tasks},
         models={name: study.models[name] for name in kept},
         baselines=[name for name in study.baselines if name in kept],
-        ablations=[entry for entry in study.ablations if entry["of"] in kept],
+        ablations=ablations,
     )
+
+
+def _named(entry: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The ablations of a model that is named itself, or those of them that are."""
+    of, revert = entry["of"], entry["revert"]
+    return {label: changes for label, changes in revert.items() if of in names or f"{of}: {label}" in names}
 
 
 def ablated(study: Study) -> dict[str, dict[str, Any]]:
