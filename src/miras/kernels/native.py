@@ -50,8 +50,12 @@ UNROLLED = 16
 More take longer to build; with fewer, more states are kept.
 """
 
-MIN_WORK = 2**26
-"""Products of a weight and an input that are worth the seconds of tracing and building, once a design."""
+MIN_WORK = 2**24
+"""Products of a weight and an input that are worth the seconds of tracing and building, once a design.
+
+Fewer run faster too, and a training of a hundred steps makes up for the building; a first try of something small is quicker
+without. `compiled_from` sets another number.
+"""
 
 REALS = {torch.float32: "float", torch.float64: "double"}
 """What numbers are in C++."""
