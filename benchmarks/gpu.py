@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py --out docs/results/gpu.md [--keep runs/gpu]
 
-With --keep, sections whose figures are in that folder already are not measured again. Whole language models are decoded by
-another benchmark (DECODING below).
+Sections whose figures are in the folder --keep already are not measured again. Whole language models are decoded by
+benchmarks/decode.py.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def page(found: dict[str, Results], decoded: str) -> str:
         refused = [f"- not run: {x.name}, {x.mode}: {x.reason}" for x in found[name].refusals]
         lines += ["", f"## {heading}", "", f"    miras bench {arguments}", "", markdown(found[name]), "", *refused]
     lines += ["", "## Language models of 340 to 380M parameters, one sequence", ""]
-    lines += [f"    python benchmarks/decode.py {DECODING}", "", decoded.strip()]
+    lines += [f"    python benchmarks/decode.py {DECODING}", "", "Columns: [decode.md](decode.md).", "", decoded.strip()]
     return "\n".join(lines) + "\n"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import miras
 from miras import bias, learning, memory, retention
 from miras.design import Design
-from miras.engine import MemoryState
+from miras.engine import MemoryState, dispatch
 from miras.kernels import fused, native
 from tests.problems import (
     Problem,
@@ -196,13 +196,23 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_it_compiles_when_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for device in (None, torch.device("cuda")):
-        assert miras.engine.plan(PLAIN, "fused", device=device).path == "fused"
+    class Asked(Exception):
+        pass
+
+    def windows(*_: Any, compiled: bool, **__: Any) -> None:
+        raise Asked(compiled)
+
+    monkeypatch.setattr(dispatch, "run_fused", windows)
     monkeypatch.setattr(fused, "has_compiler", lambda: True)
-    assert fused.uncompiled(fused.MIN_WORK) is None
-    assert "not worth compiling" in str(fused.uncompiled(fused.MIN_WORK - 1))
+    # A GPU refuses the path by itself; by name it compiles there as here.
+    monkeypatch.setattr(dispatch, "unprofitable", lambda *_, **__: "it has been measured on CPUs only, not on cuda")
+    problem = random_problem(PLAIN, tokens=32)
+    for least, compiled in ((0, "True"), (2**40, "False")):
+        with fused.compiled_from(least), pytest.raises(Asked, match=compiled):
+            run(problem, path="fused")
     monkeypatch.setattr(fused, "has_compiler", lambda: False)
-    assert "no C++ compiler" in str(fused.uncompiled(fused.MIN_WORK))
+    with fused.compiled_from(0), pytest.raises(Asked, match="False"):
+        run(problem, path="fused")
 
 
 @pytest.mark.slow

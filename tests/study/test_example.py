@@ -1,6 +1,7 @@
 """The study of docs/studies.md runs as it stands, for two steps."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         [text] = re.findall(rf"```{kind}\n(.*?)```", PAGE, flags=re.DOTALL)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
     monkeypatch.chdir(tmp_path)
     short = ["seeds=[0]", "train.steps=2", "train.num_tests=2", "train.batch_size=2", "--workers", "0"]
     with pytest.raises(SystemExit, match="0"):

@@ -18,6 +18,6 @@ def test_every_run_of_every_study_can_be_planned(path: Path) -> None:
     check_heatmaps(study)
     check_tasks(study)
     runs = next(batches(study, lambda _: None))
-    assert len(study.seeds) >= 3 or study.name == "candidates"
+    assert len(study.seeds) >= 3
     assert {item.run.seed for item in runs} == set(study.seeds[: study.search.seeds])
     assert {item.model for item in runs} >= set(study.models)

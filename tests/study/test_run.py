@@ -15,13 +15,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from miras import models
-from miras.kernels.fused import compiled_from
+from miras.kernels.fused import compiled_from, has_compiler
 from miras.study import run as running
 from miras.study import runner
 from miras.study.config import ResourcesSection, Study, study_from
+from miras.study.flops import UNCOUNTED, count_flops
 from miras.study.model import build
 from miras.study.plan import Run
-from miras.study.run import TEST, Row, count_flops, execute, measure, split
+from miras.study.run import TEST, Row, execute, measure, split
 from miras.study.runner import run_study
 from miras.study.search import batches
 from miras.study.store import Store
@@ -65,6 +66,13 @@ def test_flops_of_a_transformer_are_those_of_its_weights_and_its_attention() -> 
     assert count_flops(model, task) == 6 * weights + 3 * 2 * (2 * 10 * 8) * 2
 
 
+def test_flops_of_a_triangular_system() -> None:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        torch.linalg.solve_triangular(torch.eye(5).expand(3, 5, 5), torch.ones(3, 5, 2), upper=False)
+    assert counter.get_total_flops() == 2 * 3 * 5 * 5 * 2
+
+
+@pytest.mark.skipif(not has_compiler(), reason="the other path needs a C++ compiler; install g++")
 def test_flops_are_those_of_torchs_operations_whatever_path_runs() -> None:
     task, size = TinyEcho(num_tokens=32), {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 2, "intermediate_size": 8}
     model = build(task, models.named("ttt_mlp").to_dict(), size)
@@ -255,9 +263,16 @@ from miras.study.runner import run_study
 from tests.study.conftest import raw_study
 study, address = study_from(raw_study(Path(sys.argv[1]), seeds=[0], imports=["tests.study.conftest"])), None
 if sys.argv[2:] == ["cluster"]:
+    import ray
     from ray.cluster_utils import Cluster
-    address = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}).address
-run_study(study, address, workers=2)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    address, begin = cluster.address, ray.init
+    ray.init = lambda **options: begin(**options) if options["address"] == address else sys.exit("another cluster")
+try:
+    run_study(study, address, workers=2)
+finally:
+    if address:
+        cluster.shutdown()
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY / "src"), str(REPOSITORY)])}
     command = [sys.executable, "-c", script, study.out, *(["cluster"] if cluster else [])]

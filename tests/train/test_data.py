@@ -164,8 +164,9 @@ def test_hub_data_sets_are_loaded_by_name(tmp_path: Path, streaming: bool, monke
 def test_a_hub_that_cannot_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=r"data.corpus 'hub:no/where' is not on this machine.*HF_HOME"):
-        open_corpus(DataSection(corpus="hub:no/where"))
+    for streaming, said in ((False, "once where"), (True, "once with data.streaming=false where")):
+        with pytest.raises(FileNotFoundError, match=rf"data.corpus 'hub:no/where' is not on this machine.*{said}.*HF_HOME"):
+            open_corpus(DataSection(corpus="hub:no/where", streaming=streaming))
 
 
 def as_document(text: str) -> Document:

@@ -252,7 +252,7 @@ def _check(study: Study) -> None:
 def _check_names(study: Study) -> None:
     """Refuse baselines and ablations of models that there are not."""
     for entry in study.ablations:
-        if not isinstance(entry, Mapping) or set(entry) != {"of", "revert"}:
+        if not isinstance(entry, Mapping) or set(entry) != {"of", "revert"} or not isinstance(entry["revert"], Mapping):
             raise ValueError(f"study: ablation {entry!r}; give {{of: a model, revert: {{label: changes}}}}")
     named = [("baselines", name) for name in study.baselines] + [("ablations", entry["of"]) for entry in study.ablations]
     for key, name in named:

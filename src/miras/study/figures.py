@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter
 
 from miras.report.figures import COLOURS, STYLE, svg
-from miras.study.heat import Panel, heat, place_name, tick
-from miras.study.results import Cell, Results
+from miras.study.heat import Panel, tick
+from miras.study.results import Cell, Results, place_name
 from miras.study.statistics import Estimate
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -138,9 +138,8 @@ def scaling(results: Results) -> str | None:
     return _lines(results, [((task, ""), cells) for task in results.study.tasks], draw, finish, any_size=True)
 
 
-def heatmap(results: Results, entry: Mapping[str, Any]) -> str | None:
-    """One entry of the study's heat maps, a panel for each task, size and model (or with y: model, one for all of them)."""
-    panels = heat(results, entry)
+def heatmap(panels: Sequence[Panel]) -> str | None:
+    """One entry of the study's heat maps."""
     if not panels:
         return None
     columns = min(len(panels), 3)

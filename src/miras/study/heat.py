@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from miras.study.plan import shown
-from miras.study.results import Cell, Results
+from miras.study.results import Cell, Results, place_name
 from miras.study.statistics import Estimate
 
 
@@ -42,7 +42,7 @@ def heat(results: Results, entry: Mapping[str, Any]) -> list[Panel]:
             continue
         for point, changed in _points(cell, (x_key, y_key)):
             if x_key in point and y_key in point:
-                place = (cell.task, cell.size, "" if y_key == "model" else cell.model)
+                place = (cell.task, cell.size, "" if "model" in (x_key, y_key) else cell.model)
                 found, at = places.setdefault(place, {}), (point[x_key], point[y_key])
                 if at not in found or results.better(cell, found[at][0]):
                     found[at] = (cell, changed)
@@ -56,16 +56,18 @@ def _panel(
     found: Mapping[tuple[Any, Any], tuple[Cell, dict[str, Any]]],
 ) -> Panel:
     task = results.task(place[0])
-    metric = entry.get("metric") or task.metric
-    xs, ys = (_ordered(list(dict.fromkeys(at[i] for at in found))) for i in (0, 1))
+    metric, condition = entry.get("metric") or task.metric, entry.get("condition")
+    xs, ys = (_ordered(at[i] for at in found) for i in (0, 1))
     estimates = {
         at: value
         for at, (cell, changed) in found.items()
-        if (value := results.estimate(cell.values(metric, entry.get("condition"), changed))) is not None
+        if (value := results.estimate(cell.values(metric, condition, changed))) is not None
     }
-    title = "\n".join(part for part in (place[2], f"{place_name(*place[:2])}: {metric}") if part)
+    measured = f"{place_name(*place[:2])}{f', {condition}' if condition else ''}: {metric}"
+    title = "\n".join(part for part in (place[2], measured) if part)
     names = _axis(entry["x"], entry["y"]), _axis(entry["y"], entry["x"])
-    return Panel(title, *names, xs, ys, estimates, task.higher_is_better and metric == task.metric)
+    rows = ys if all(isinstance(y, (int, float)) for y in ys) else ys[::-1]  # The first of words is on top.
+    return Panel(title, *names, xs, rows, estimates, task.higher_is_better and metric == task.metric)
 
 
 def _points(cell: Cell, keys: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -85,9 +87,10 @@ def tick(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _ordered(values: list[Any]) -> list[Any]:
-    """Numbers from small to large, words from the last to the first: the first is on top."""
-    return sorted(values) if all(isinstance(value, (int, float)) for value in values) else values[::-1]
+def _ordered(values: Iterable[Any]) -> list[Any]:
+    """Each once: numbers from small to large, words as they come."""
+    found = list(dict.fromkeys(values))
+    return sorted(found) if all(isinstance(value, (int, float)) for value in found) else found
 
 
 def _plain(value: Any) -> Any:
@@ -101,8 +104,3 @@ def _axis(key: str, other: str) -> str:
     if key.startswith("evaluate."):
         return f"{word} at run time"
     return f"{word} in training" if other.startswith("evaluate.") else word
-
-
-def place_name(task: str, size: str) -> str:
-    """A task and size for people."""
-    return f"{task}, {size}" if size else task

@@ -14,6 +14,7 @@ from jinja2 import Environment
 from miras.report.page import STYLE
 from miras.study import figures, tables
 from miras.study.config import Study
+from miras.study.heat import heat
 from miras.study.plan import shown
 from miras.study.results import Results, collect
 from miras.study.statistics import smallest_p
@@ -81,8 +82,10 @@ def write_study_report(study: Study, command: str) -> tuple[Path, Path]:
 
 
 def save_figures(parts: Sequence[Section], folder: Path) -> None:
-    """Every figure of the page as a file of its own, named by its section."""
+    """Every figure of the page as a file of its own, named by its section; in the place of older ones."""
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("*.svg"):
+        old.unlink()
     for section in parts:
         name = section.title.lower().replace(" ", "-")
         for place, figure in enumerate(section.figures):
@@ -104,14 +107,18 @@ def measurements(results: Results) -> Iterator[tuple[Any, ...]]:
 def sections(results: Results) -> list[Section]:
     """The parts of the page that this study has."""
     main = tables.main_table(results)
-    maps = [figures.heatmap(results, entry) for entry in results.study.heatmaps]
+    panels = [heat(results, entry) for entry in results.study.heatmaps]
+    maps, in_numbers = (
+        [figures.heatmap(found) for found in panels],
+        [tables.heat_table(p) for found in panels for p in found],
+    )
     return [
         *_section(main.title, main.note, [figures.dots(results)], [main]),
         *_section("Against the baselines", "", [], [tables.comparison_table(results)]),
         *_section("Ablation: one choice at a time", "", [], [tables.ablation_table(results)]),
         *_section("By condition", "", [figures.conditions(results)], tables.condition_tables(results)),
         *_section("Heat maps", "Means over seeds.", maps, []),
-        *_section("Heat maps in numbers", "", [], tables.heat_tables(results), folded=True),
+        *_section("Heat maps in numbers", "", [], in_numbers, folded=True),
         *_section("Run with other settings", "", [], tables.changed_tables(results), folded=True),
         *_section(
             "Against the FLOPs of training",
@@ -153,7 +160,7 @@ def cautions(results: Results) -> list[str]:
     elif seeds < FEW:
         notes.append(
             f"{seeds} seeds: bootstrap intervals of so few values are too narrow, within the range of the values, and a "
-            "difference that is not distinguishable may be real all the same."
+            "difference that is not distinguishable may be real all the same; the t-test takes differences for normal."
         )
     if study.search.seeds is not None and study.search.seeds < seeds:
         notes.append(

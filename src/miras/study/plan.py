@@ -118,8 +118,10 @@ def groups(study: Study) -> list[Group]:
 
 
 def check_heatmaps(study: Study) -> None:
-    """Refuse heat maps over what does not vary. Raises ValueError."""
-    entries = all_models(study).values()
+    """Refuse heat maps over what does not vary, of models or under conditions that there are not. Raises ValueError."""
+    names = all_models(study)
+    conditions = {name for task in study.tasks.values() for name in _task(task).tests()}
+    entries = names.values()
     axes = {axis.key for group in groups(study) for axis in group.axes}
     changes = {f"evaluate.{key}" for entry in entries for key, _ in _flat(merged(study.evaluate, entry.get("evaluate", {})))}
     allowed = [*sorted(axes | changes), "model"]
@@ -128,6 +130,12 @@ def check_heatmaps(study: Study) -> None:
             raise ValueError(
                 f"study: heat map {entry!r}; its keys are {', '.join(HEATMAP_KEYS)}, of which x and y are needed"
             )
+        for key, found, known in (
+            ("models", entry.get("models", []), list(names)),
+            ("condition", [entry.get("condition") or ""], sorted(conditions)),
+        ):
+            if unknown := [name for name in found if name not in known]:
+                raise ValueError(f"study: a heat map's {key}: {unknown[0]!r}; there are {', '.join(map(repr, known))}")
         for side in ("x", "y"):
             if entry[side] not in allowed:
                 raise ValueError(f"study: heat map over {entry[side]!r}, which does not vary; allowed: {', '.join(allowed)}")
@@ -140,7 +148,7 @@ def check_tasks(study: Study) -> None:
     """
     for name, entry in study.tasks.items():
         try:
-            task = Task.from_dict({key: value for key, value in entry.items() if key not in ("train", "size")})
+            task = _task(entry)
             conditions = task.tests()
             for each in (task, *conditions.values()):
                 each.sample(1, np.random.default_rng(0))
@@ -150,6 +158,11 @@ def check_tasks(study: Study) -> None:
             if condition not in conditions:
                 known = ", ".join(map(repr, conditions))
                 raise ValueError(f"study: compare.{name} names {condition!r}; that task tests {known}")
+
+
+def _task(entry: Mapping[str, Any]) -> Task:
+    """The task of an entry of `tasks`."""
+    return Task.from_dict({key: value for key, value in entry.items() if key not in ("train", "size")})
 
 
 def all_models(study: Study) -> dict[str, dict[str, Any]]:
@@ -183,18 +196,20 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
     Raises:
         ValueError: a setting that no run could have; the message says which.
     """
-    task, model = dict(study.tasks[group.task]), all_models(study)[group.model]
+    task, model, by_size = study.tasks[group.task], all_models(study)[group.model], study.sizes.get(group.size, {})
     own = {part: nested(settings, part) for part in ROOTS}
-    by_task = {"train": task.pop("train", {}), "size": task.pop("size", {})}
+    by_task = {"train": task.get("train", {}), "size": task.get("size", {})}
     _refuse_unequal(group.model, model)
     try:
-        asked = Task.from_dict(task)
+        asked = _task(task)
+        if both := sorted({*by_task["size"]} & {*by_size}):
+            raise ValueError(f"both the task and the size set size.{both[0]}; leave it to one of them")
         train = _section(TrainSection, "train", study.train, by_task["train"], model.get("train", {}), own["train"])
         size = _section(
             SizeSection,
             "size",
             study.size,
-            study.sizes.get(group.size, {}),
+            by_size,
             by_task["size"],
             model.get("size", {}),
             own["size"],

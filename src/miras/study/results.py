@@ -106,6 +106,11 @@ class Results:
         return list({row.key: row for cell in self.cells for row in cell.rows.values()}.values())
 
 
+def place_name(task: str, size: str) -> str:
+    """A task and size for people."""
+    return f"{task}, {size}" if size else task
+
+
 def collect(study: Study, store: Store) -> Results:
     """The results of the runs that are in the store."""
     rows = store.rows()

@@ -6,7 +6,6 @@ import hashlib
 import math
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import traceback
@@ -18,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import PrinterCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from miras.kernels.fused import compiled_from
 from miras.study.config import ResourcesSection
+from miras.study.flops import count_flops
 from miras.study.model import build
 from miras.study.plan import Run
 from miras.tasks import Batch, Task
@@ -240,19 +238,6 @@ def measure(models: list[nn.Module], task: Task, batches: Iterable[Batch]) -> li
 def split(batch: Batch, size: int) -> Iterator[Batch]:
     """A batch in parts of `size` examples."""
     yield from map(Batch, batch.inputs.split(size), batch.targets.split(size))
-
-
-def count_flops(model: nn.Module, task: Task) -> float:
-    """FLOPs a token of the matrix products of one training step, counted on one example.
-
-    Counted is what torch's own operations compute, the masked half of an attention too: nothing runs as a program of ours or
-    as a fused attention, which the counter would not see.
-    """
-    batch = task.sample(1, np.random.default_rng(0))
-    with compiled_from(sys.maxsize), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        task.loss(model(batch.inputs), batch.targets).backward()
-    model.zero_grad()
-    return counter.get_total_flops() / batch.inputs.shape[1]
 
 
 def _variant(run: Run, task: Task, model: nn.Module, design: Mapping[str, Any]) -> nn.Module:

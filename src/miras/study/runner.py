@@ -139,7 +139,7 @@ def _machine(study: Study, address: str | None, workers: int | None) -> Generato
     # Each worker may use as many threads as a run has, and no more.
     variables = {"OMP_NUM_THREADS": str(resources.threads), "TOKENIZERS_PARALLELISM": "false"}
     ray.init(
-        address=address,
+        address=address or "local",
         runtime_env={"env_vars": variables},
         log_to_driver=False,
         configure_logging=False,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from miras.study.heat import heat, tick
+from miras.study.heat import Panel, tick
 from miras.study.plan import shown
-from miras.study.results import Cell, Results
+from miras.study.results import Cell, Results, place_name
 from miras.study.statistics import Comparison, Estimate, compare, corrected
 
 
@@ -115,7 +115,7 @@ def condition_tables(results: Results) -> list[Table]:
             for cell in cells
         ]
         headings = ["model", *(condition or "as trained" for condition in conditions)]
-        title = f"{task}{f', {size}' if size else ''}: {metric} by condition"
+        title = f"{place_name(task, size)}: {metric} by condition"
         found.append(Table(title, "Mean over seeds and its interval.", headings, rows, frozenset(strong)))
     return found
 
@@ -157,15 +157,12 @@ def _changed_table(
     return Table(f"{place}: {metric} at run time", note, headings, rows, left=frozenset({0, 1}))
 
 
-def heat_tables(results: Results) -> list[Table]:
-    """The heat maps in numbers, rows from the top down."""
-    found: list[Table] = []
-    for panel in (panel for entry in results.study.heatmaps for panel in heat(results, entry)):
-        rows = [[tick(y), *(_estimate(panel.estimates.get((x, y))) for x in panel.xs)] for y in panel.ys[::-1]]
-        title, across = ", ".join(panel.title.splitlines()), f"; {panel.x} across" if panel.x else ""
-        headings = [panel.y or "model", *(tick(x) for x in panel.xs)]
-        found.append(Table(title, f"Mean over seeds and its interval{across}.", headings, rows))
-    return found
+def heat_table(panel: Panel) -> Table:
+    """A heat map in numbers, rows from the top down."""
+    rows = [[tick(y), *(_estimate(panel.estimates.get((x, y))) for x in panel.xs)] for y in panel.ys[::-1]]
+    title = f"{', '.join(panel.title.splitlines())} by {panel.y or 'model'} and {panel.x or 'model'}"
+    headings = [panel.y or "model", *(tick(x) for x in panel.xs)]
+    return Table(title, "Mean over seeds and its interval.", headings, rows)
 
 
 def settings_table(results: Results) -> Table | None:

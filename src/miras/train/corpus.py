@@ -61,7 +61,8 @@ def open_corpus(data: DataSection) -> Corpus:
         try:
             rows = _datasets().load_dataset(name, data.subset, **options)
         except ConnectionError as error:
-            raise not_fetched(f"data.corpus {data.corpus!r}", error) from error
+            way = "with data.streaming=false " if data.streaming else ""
+            raise not_fetched(f"data.corpus {data.corpus!r}", error, way) from error
         return _table_corpus(data, rows, None if data.streaming else str(rows._fingerprint))
     path = Path(data.corpus).expanduser()
     if not path.exists():
@@ -79,11 +80,11 @@ def open_corpus(data: DataSection) -> Corpus:
     return _split_corpus(str(path), _texts_hash(documents), lambda: documents, data.holdout)
 
 
-def not_fetched(what: str, error: OSError) -> FileNotFoundError:
-    """What to raise for what the Hugging Face hub has and this machine has not."""
+def not_fetched(what: str, error: OSError, way: str = "") -> FileNotFoundError:
+    """What to raise for what the Hugging Face hub has and this machine has not; `way`: how it comes to be kept here."""
     return FileNotFoundError(
-        f"{what} is not on this machine and could not be fetched ({error}). Run the command once where the Hugging Face hub "
-        "can be reached; afterwards, or with HF_HOME copied from there, it needs no network"
+        f"{what} is not on this machine and could not be fetched ({error}). Run the command once {way}where the Hugging "
+        "Face hub can be reached; afterwards, or with HF_HOME copied from there, it needs no network"
     )
 
 
