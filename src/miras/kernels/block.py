@@ -20,11 +20,11 @@ from torch import Tensor
 from torch._decomp import get_decompositions
 from torch.func import functionalize
 from torch.fx import Graph
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from miras.design import Design
 from miras.engine.chunk import Run, Slots, scan_run
 from miras.engine.problem import Problem
+from miras.kernels.graph import trace
 from miras.memory import WeightShape
 
 aten = torch.ops.aten
@@ -148,9 +148,7 @@ def pulled(block: Block, ends: bool, needed: tuple[bool, ...]) -> Graph:
 
 def _graph(function: Callable[..., tuple[Tensor, ...]], examples: Sequence[Tensor]) -> Graph:
     """The operations of a function, without writes into tensors."""
-    with torch.no_grad():
-        traced = make_fx(function)(*examples)
-        # In a second pass, since no leaf can be made of a tensor that is being traced without its writes.
-        plain = make_fx(functionalize(traced), decomposition_table=DECOMPOSED)(*examples)
+    # In a second pass, since no leaf can be made of a tensor that is being traced without its writes.
+    plain = trace(functionalize(trace(function, examples)), examples, DECOMPOSED)
     plain.graph.eliminate_dead_code()
     return plain.graph

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch._inductor
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph as FxGraph
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
@@ -66,6 +68,15 @@ def unwatched() -> Generator[None]:
         yield
 
 
+def trace(function: Callable[..., Any], examples: Sequence[Tensor], table: Table | None = None) -> GraphModule:
+    """The operations of a function, with the shapes of all of them in one world.
+
+    Without it `make_fx` makes a world for each, which takes more time than all else.
+    """
+    with torch.no_grad(), tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+        return make_fx(function, dict(table or {}))(*examples)
+
+
 def made(graph: Graph | Untraceable) -> Graph:
     """The graph, if there is one. Raises Untraceable."""
     if isinstance(graph, Untraceable):
@@ -78,7 +89,7 @@ def compiled_graph(
 ) -> Graph:
     """The same, where there is nothing else to do: raises whatever the tracer or the compiler does."""
     with torch.no_grad():
-        traced = make_fx(lambda *flat: tuple(x.contiguous() for x in function(*flat)), dict(table or {}))(*examples)
+        traced = trace(lambda *flat: tuple(x.contiguous() for x in function(*flat)), examples, table)
         traced.graph.eliminate_dead_code()
         _turn_products(traced.graph)
         # What was turned, or stands in for an operation of the table, is laid out otherwise than the tracer saw, and what
@@ -90,7 +101,7 @@ def compiled_graph(
         if not compiled:
             return traced
         for node in traced.graph.nodes:
-            # The tracer gives every node a shape of a world of its own, which the compiler takes for one.
+            # Shapes of the tracer's world, where the compiler makes its own.
             node.meta.pop("val", None)
         # Past dynamo, which has nothing to trace here and whose guards would be checked at every call; called from C++,
         # since from Python the calls of some fifty kernels a window take a tenth of its time; and with inputs that their
