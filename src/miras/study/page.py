@@ -108,10 +108,8 @@ def sections(results: Results) -> list[Section]:
     """The parts of the page that this study has."""
     main = tables.main_table(results)
     panels = [heat(results, entry) for entry in results.study.heatmaps]
-    maps, in_numbers = (
-        [figures.heatmap(found) for found in panels],
-        [tables.heat_table(p) for found in panels for p in found],
-    )
+    maps = [figures.heatmap(found) for found in panels]
+    in_numbers = [tables.heat_table(panel) for found in panels for panel in found]
     return [
         *_section(main.title, main.note, [figures.dots(results)], [main]),
         *_section("Against the baselines", "", [], [tables.comparison_table(results)]),

@@ -119,22 +119,23 @@ def groups(study: Study) -> list[Group]:
 
 def check_heatmaps(study: Study) -> None:
     """Refuse heat maps over what does not vary, of models or under conditions that there are not. Raises ValueError."""
-    names = all_models(study)
-    conditions = {name for task in study.tasks.values() for name in _task(task).tests()}
-    entries = names.values()
+    models = all_models(study)
     axes = {axis.key for group in groups(study) for axis in group.axes}
-    changes = {f"evaluate.{key}" for entry in entries for key, _ in _flat(merged(study.evaluate, entry.get("evaluate", {})))}
+    changes = {
+        f"evaluate.{key}" for entry in models.values() for key, _ in _flat(merged(study.evaluate, entry.get("evaluate", {})))
+    }
     allowed = [*sorted(axes | changes), "model"]
     for entry in study.heatmaps:
         if not isinstance(entry, Mapping) or not {"x", "y"} <= set(entry) <= set(HEATMAP_KEYS):
             raise ValueError(
                 f"study: heat map {entry!r}; its keys are {', '.join(HEATMAP_KEYS)}, of which x and y are needed"
             )
-        for key, found, known in (
-            ("models", entry.get("models", []), list(names)),
-            ("condition", [entry.get("condition") or ""], sorted(conditions)),
+        conditions = sorted({name for task in study.tasks.values() for name in _task(task).tests()})
+        for key, names, known in (
+            ("models", entry.get("models", []), list(models)),
+            ("condition", [entry.get("condition") or ""], conditions),
         ):
-            if unknown := [name for name in found if name not in known]:
+            if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"study: a heat map's {key}: {unknown[0]!r}; there are {', '.join(map(repr, known))}")
         for side in ("x", "y"):
             if entry[side] not in allowed:
