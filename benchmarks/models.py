@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -100,6 +102,8 @@ def decoded(model: MirasForCausalLM, cache: MirasCache) -> float:
 
 def row(name: str, found: dict[str, Any]) -> str:
     """A line of the table."""
+    if "memory" in found:
+        return f"| {name} | killed: {found['memory'] / 2**30:.0f} GB of memory were not enough |" + 8 * " |"
     rates = [BATCH * TOKENS / x for x in found["train"]]
     compiled = "-" if found["compiled"] is None else f"{1e3 * found['compiled']:.1f}"
     cells = [
@@ -121,7 +125,7 @@ def page(found: dict[str, dict[str, Any]], repeats: int) -> str:
     """The page."""
     names = ("model", "million parameters", "train tokens/s", "low-high", "peak MB", "first s", "read tokens/s", "decode ms")
     names = (*names, "compiled ms", "cache MB")
-    machines = [x["machine"] for x in found.values()]
+    machines = [x["machine"] for x in found.values() if "machine" in x]
     loads = [x["load"] for x in machines if x["load"] is not None]
     about = "{processor}, {cores} cores, {threads} threads, PyTorch {torch}".format_map(machines[0])
     return "\n".join(
@@ -153,7 +157,11 @@ def main() -> None:
         file = options.keep / f"{name}.json"
         if not file.exists():
             flags = ["--threads", str(options.threads), "--repeats", str(options.repeats), "--out", str(file)]
-            subprocess.run([sys.executable, __file__, "--one", "--models", name, *flags], check=True)
+            done = subprocess.run([sys.executable, __file__, "--one", "--models", name, *flags], check=False)
+            if done.returncode == -signal.SIGKILL:  # What the system does where memory runs out.
+                file.write_text(json.dumps({"memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}))
+            else:
+                done.check_returncode()
         found[name] = json.loads(file.read_text())
         print(row(name, found[name]), flush=True)
     options.out.write_text(page(found, options.repeats) + "\n")
