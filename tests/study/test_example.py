@@ -23,4 +23,4 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         cli.main(["study", "mine.yaml", *short])
     report = (tmp_path / "runs/studies/mine/report.md").read_text()
     assert "4 runs; on CPU" in report
-    assert "| Delayed: 128 tokens | Yaad, log cosh | Gated DeltaNet |" in report
+    assert "| Delayed: 128 tokens | Yaad, smooth Huber | Gated DeltaNet |" in report
