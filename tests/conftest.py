@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.deterministic
+
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--minutes N`, with which .ci/run ends in time on a slow machine."""
+    parser.addoption("--minutes", type=float, default=float("inf"), help="skip what has not begun after so many minutes")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, and say so, what `--minutes` has no room for."""
+    minutes = item.config.getoption("--minutes")
+    if time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(f"not begun after {minutes:g} minutes")
 
 
 @pytest.fixture(autouse=True, scope="session")
