@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lm_eval.tasks.ruler import vt_utils
 from transformers import PreTrainedTokenizerBase
 
-from miras.evals import harness
 from miras.evals.harness import HarnessModel, Row, run_tasks, save
+from miras.train.config import DataSection
+from miras.train.corpus import Document
+from miras.train.data import make_tokenizer
 from tests.evals.tasks import QUESTIONS, log_likelihood, make, make_words_tokenizer, write_multiple_choice, write_task
 
 NAMES = ("yaad", "moneta", "memora", "titans_lmm", "gated_deltanet", "transformer")
@@ -193,12 +196,28 @@ def test_the_harness_own_tasks_without_a_network(
         run_tasks(model, tokenizer, ["zzzz"])
 
 
+RULER = {"niah_single_1": 1536, "niah_multikey_2": 1536, "niah_multikey_3": 3072, "ruler_cwe": 3072, "ruler_fwe": 1024}
+"""Tasks, and a length that their samples fit with the tokenizer of these tests."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", [task for task in harness.RULER if task != "niah_multikey_3"])
-def test_needles_that_fit_run_and_others_are_refused(task: str, tokenizer: PreTrainedTokenizerBase) -> None:
+@pytest.mark.parametrize(("task", "length"), RULER.items())
+def test_samples_of_ruler_that_fit_run_and_others_are_refused(
+    task: str, length: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
     model = make("gated_deltanet", tokenizer)
     with pytest.raises(ValueError, match=rf"{task}: its shortest samples take about \d+ tokens.*do not fit 256"):
-        run_tasks(model, tokenizer, [task], ruler_lengths=[4096, 256])
-    rows = run_tasks(model, tokenizer, [task], ruler_lengths=[1536, 2048], limit=1, batch_size=1)
-    assert [(row.metric, row.n) for row in rows] == [("1536", 1)]
+        run_tasks(model, tokenizer, [task], ruler_lengths=[4095, 256])
+    rows = run_tasks(model, tokenizer, [task], ruler_lengths=[length], limit=1, batch_size=1)
+    assert [(row.metric, row.n) for row in rows] == [(str(length), 1)]
     assert 0 <= rows[0].value <= 1
+
+
+@pytest.mark.slow
+def test_the_example_of_variable_tracking_has_to_fit(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match=r"ruler_vt: the example in its prompts takes about \d+ tokens.*leaves 500"):
+        run_tasks(make("gated_deltanet", tokenizer), tokenizer, ["ruler_vt"])
+    text, _ = vt_utils.generate_input_output(10, 1, 4)
+    longer = make_tokenizer(DataSection(vocab_size=500), [Document("variables", text * 4)])
+    rows = run_tasks(make("gated_deltanet", longer), longer, ["ruler_vt"], ruler_lengths=[1024], limit=1, batch_size=1)
+    assert [(row.metric, row.n) for row in rows] == [("1024", 1)]

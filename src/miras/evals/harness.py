@@ -36,13 +36,7 @@ except ImportError as error:
 FILE = "evals.json"
 SEED = 1234
 UNLIMITED = 2**31  # tokens
-RULER = {
-    "niah_single_1": {"type_haystack": "repeat", "type_needle_k": "words", "type_needle_v": "numbers"},
-    "niah_multikey_2": {"type_haystack": "needle", "type_needle_k": "words", "type_needle_v": "numbers"},
-    "niah_multikey_3": {"type_haystack": "needle", "type_needle_k": "uuids", "type_needle_v": "uuids"},
-}
-"""The tasks of RULER that make all of their text, and what they make it of."""
-RULER_ANSWER = 128  # tokens that RULER's generator leaves for the answer
+RULER = ("niah_", "ruler")  # how the names of its tasks begin
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,10 @@ def run_tasks(
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder, _harness_on_stderr():
         tokenizer.save_pretrained(folder)  # RULER reads it by path
-        _check_ruler(tasks, tokenizer, ruler_lengths)
+        if any(task.startswith(RULER) for task in tasks):
+            from miras.evals import ruler
+
+            ruler.check(tasks, tokenizer, ruler_lengths)
         manager = _manager(tasks, include, {"tokenizer": folder, "max_seq_lengths": list(ruler_lengths)})
         loaded = [_load(manager, task) for task in tasks]
         examinee = HarnessModel(model, tokenizer, batch_size, block_size)
@@ -191,34 +188,6 @@ def _load(manager: TaskManager, name: str) -> Any:
             task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(SEED)
     return loaded
-
-
-def _check_ruler(tasks: Sequence[str], tokenizer: PreTrainedTokenizerBase, lengths: Sequence[int]) -> None:
-    """Raise ValueError if a sample cannot fit: the harness would try 500 times, before 0.4.13 for ever."""
-    made = [task for task in tasks if task in RULER]
-    if not made:
-        return
-    from lm_eval.tasks.ruler.niah_utils import TEMPLATE
-    from lm_eval.tasks.ruler.prepare_niah import generate_input_output, get_haystack
-
-    random.seed(0)
-    for task in made:
-        for length in lengths:
-            kind: dict[str, Any] = RULER[task]
-            text, _, _ = generate_input_output(
-                5 if length < 4096 else 25,  # the generator's smallest haystacks
-                get_haystack(kind["type_haystack"]),
-                template=TEMPLATE,
-                num_needle_k=1,
-                num_needle_v=1,
-                **kind,
-            )
-            need = len(tokenizer(text)["input_ids"]) + RULER_ANSWER
-            if need > length:
-                raise ValueError(
-                    f"{task}: its shortest samples take about {need} tokens with this tokenizer, {RULER_ANSWER} of them for "
-                    f"the answer, which do not fit {length}; give a longer --ruler-length"
-                )
 
 
 def _rows(found: dict[str, Any]) -> list[Row]:
