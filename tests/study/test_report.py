@@ -205,6 +205,16 @@ def test_conditions_and_heat_maps(results: Results) -> None:
     assert heat_table(turned).title == "echo, small, 12 tokens: accuracy by lr and model"
 
 
+def test_references_stand_below_the_models(results: Results) -> None:
+    for cell in results.cells:
+        for row in cell.done:
+            for test in row.tests[:2]:
+                test["metrics"]["accuracy of saying 3"] = 0.125 if test["condition"] else 0.25
+    small = next(table for table in condition_tables(results) if "small" in table.title)
+    assert small.rows[-1] == ["(saying 3)", "0.250 [0.250, 0.250]", "0.125 [0.125, 0.125]"]
+    assert len([row for row in small.rows if row[0].startswith("(")]) == 1
+
+
 def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -> None:
     page, markdown = (path.read_text() for path in write_study_report(study, "miras study some.yaml"))
     assert not re.search(r"(src|href)=[\"']?http", page)

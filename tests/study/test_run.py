@@ -1,10 +1,12 @@
 """Runs and the runner: the same examples for every model, resuming, failures as rows, changed settings."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from miras.study.run import TEST, Row, execute, measure, split
 from miras.study.runner import run_study
 from miras.study.search import batches
 from miras.study.store import Store
-from miras.tasks import Task
+from miras.tasks import DNA, Batch, Task, Weather, ridge
 from tests.study.conftest import TinyEcho, raw_study
 
 REPOSITORY = Path(__file__).parents[2]
@@ -201,6 +203,38 @@ def test_metrics_are_means_over_what_is_asked_whatever_the_batches(tiny: Study) 
     right = (model(draws.inputs).argmax(-1) == draws.targets).double().mean()
     assert whole == pytest.approx(parts, rel=1e-5)
     assert whole["accuracy"] == pytest.approx(right.item())
+
+
+def test_selection_and_references_are_the_tasks_own(tmp_path: Path) -> None:
+    size = {"hidden_size": 8, "num_hidden_layers": 1, "num_heads": 1}
+    weather = {"kind": "Weather", "num_hours": 30, "horizon": 2, "longer": [2]}
+    model = build(Weather(horizon=2), models.named("deltanet").to_dict(), size)
+    run = replace(first_run(study_from(raw_study(tmp_path, tasks={"weather": weather}))), task=weather)
+    task = Weather.from_dict(weather)
+    found = running.test(run, task, model)
+    for split_name, seed, expected in (
+        ("validation", [run.seed, running.VALIDATION], found["validation"]["error"]),
+        ("test", [run.seed, TEST, 0], found["tests"][0]["metrics"]["error"]),
+    ):
+        form = replace(task, split=split_name, longer=())
+        draws = form.sample(8, np.random.default_rng(seed))
+        assert expected == pytest.approx(measure([model], form, [draws])[0]["error"], rel=1e-5)
+    metrics = found["tests"][1]["metrics"]
+    inputs, targets = task.tests()["60 hours"].sample(8, np.random.default_rng([run.seed, TEST, zlib.crc32(b"60 hours")]))
+    for name, outputs in (
+        ("last temperature", inputs[..., :1].expand_as(targets)),
+        ("ridge regression on 24 hours", ridge(task)(inputs)),
+    ):
+        asked = ~targets.isnan()
+        expected = (outputs - targets)[asked].square().mean().item()
+        assert metrics[f"error of {name}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_perplexity_is_that_of_the_mean_loss() -> None:
+    task = DNA(num_tokens=16, longer=())
+    inputs = torch.zeros(4, 16, dtype=torch.long)
+    [found] = measure([nn.Embedding(4, 4)], task, [Batch(inputs[:1], inputs[:1]), Batch(inputs[1:], inputs[1:])])
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
 
 
 def test_a_trained_model_is_run_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,20 @@ def test_splits_follow_one_another():
     assert [form.num_hours for form in forms.values()] == [168, 336, 672]
 
 
+def test_settings_are_not_selected_on_the_tests():
+    assert Weather().validation() == Weather(split="validation", longer=())
+    assert DNA().validation() == DNA(split="validation", longer=())
+
+
+def test_the_references_are_the_last_temperature_and_the_linear_forecast():
+    task = Weather(horizon=3, context=9)
+    rows = torch.randn(2, 20, task.in_width)
+    last, linear = task.references().values()
+    assert list(task.references()) == ["last temperature", "ridge regression on 10 hours"]
+    assert torch.equal(last(rows), torch.stack([rows[..., 0]] * 3, dim=2))
+    assert torch.equal(linear(rows), ridge(task, 10)(rows))
+
+
 def test_the_linear_forecast_minimises_its_objective():
     """The fitted forecast, read off by unit inputs, equals least squares on the rows with a penalty appended."""
     task, lags = Weather(horizon=3, context=4), 5

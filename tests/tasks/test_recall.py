@@ -81,16 +81,23 @@ def test_the_majority_is_what_was_told_most_often(task):
             assert counts[answer] > task.num_showings / 2
 
 
-def test_the_share_of_wrong_showings():
-    task = MajorityRecall(num_keys=10, num_showings=9, noise=0.1)
+# Cutting at four wrong of nine takes less than 0.001 of the share; at two of five much: E[min(Binomial(5, noise), 2)] / 5.
+@pytest.mark.parametrize(("num_showings", "noise", "share"), [(9, 0.1, 0.1), (5, 0.3, 0.2607), (5, 0.45, 0.3387)])
+def test_the_share_of_wrong_showings(num_showings, noise, share):
+    task = MajorityRecall(num_keys=10, num_showings=num_showings, noise=noise)
     inputs, targets = task.sample(200, np.random.default_rng(0))
     told = 2 * task.num_keys * task.num_showings
     wrong = 0
     for row, answers in zip(inputs.tolist(), targets[:, told:].tolist(), strict=True):
         truth = dict(zip(row[told:], answers, strict=True))
         wrong += sum(truth[k] != v for k, v in zip(row[0:told:2], row[1:told:2], strict=True))
-    # 18,000 showings; cutting at four wrong of nine takes less than 0.001 of the share.
-    assert wrong / 18000 == pytest.approx(0.1, abs=0.008)
+    assert wrong / (200 * 10 * num_showings) == pytest.approx(share, abs=0.01)
+
+
+def test_two_showings_cannot_be_wrong_in_part():
+    with pytest.raises(ValueError, match=r"num_showings=2 with a noise of 0\.2; at least 3"):
+        MajorityRecall(num_showings=2)
+    MajorityRecall(num_showings=2, noise=0.0, noises=())
 
 
 def taken_apart(task, num_examples=200):

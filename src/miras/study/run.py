@@ -197,15 +197,16 @@ def test(run: Run, task: Task, model: nn.Module) -> dict[str, Any]:
     """
     number, batch_size = run.train["num_tests"], run.train["batch_size"]
     conditions = task.tests()
-    first = next(iter(conditions.values()))
-    draws = first.sample(number, np.random.default_rng([run.seed, VALIDATION]))
-    validation = measure([model], first, split(draws, batch_size))[0]
+    selected_on = task.validation()
+    draws = selected_on.sample(number, np.random.default_rng([run.seed, VALIDATION]))
+    validation = measure([model], selected_on, split(draws, batch_size))[0]
     variants = [_variant(run, task, model, design["design"]) for design in run.evaluate]
     found: list[dict[str, Any]] = []
     for name, tested in conditions.items():
         draws = tested.sample(number, np.random.default_rng([run.seed, TEST, zlib.crc32(name.encode())]))
         settings = [{}, *(item["settings"] for item in run.evaluate)]
         metrics = [*measure([model], tested, split(draws, batch_size)), *measure(variants, tested, split(draws, batch_size))]
+        metrics[0] |= measure_references(tested, split(draws, batch_size))
         found += [
             {"condition": name, "settings": setting, "metrics": values, "count": number}
             for setting, values in zip(settings, metrics, strict=True)
@@ -231,8 +232,24 @@ def measure(models: list[nn.Module], task: Task, batches: Iterable[Batch]) -> li
     for total in sums:
         deviation = total.pop("deviation")
         means = {name: float(pair[0] / pair[1]) for name, pair in total.items()}
+        means |= task.derived(means)
         found.append(means | ({"deviation": math.sqrt(deviation[0] / deviation[1])} if len(models) > 1 else {}))
     return found
+
+
+def measure_references(task: Task, batches: Iterable[Batch]) -> dict[str, float]:
+    """The task's main metric of each of its references, as `reference_metric` names it."""
+    answers, sums = task.references(), dict[str, np.ndarray]()
+    for batch in batches if answers else ():
+        for name, answer in answers.items():
+            found = np.asarray(task.measure(answer(batch.inputs), batch.targets)[task.metric], np.float64)
+            sums[name] = sums.get(name, np.zeros(2)) + found
+    return {reference_metric(task, name): float(total[0] / total[1]) for name, total in sums.items()}
+
+
+def reference_metric(task: Task, name: str) -> str:
+    """What a run's metrics call the main metric of a reference."""
+    return f"{task.metric} of {name}"
 
 
 def split(batch: Batch, size: int) -> Iterator[Batch]:

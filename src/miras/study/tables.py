@@ -10,6 +10,7 @@ from typing import Any
 from miras.study.heat import Panel, tick
 from miras.study.plan import shown
 from miras.study.results import Cell, Results, place_name
+from miras.study.run import reference_metric
 from miras.study.statistics import Comparison, Estimate, compare, corrected
 
 
@@ -114,10 +115,25 @@ def condition_tables(results: Results) -> list[Table]:
             [cell.model, *(_estimate(results.estimate(cell.values(metric, condition))) for condition in conditions)]
             for cell in cells
         ]
+        rows += _reference_rows(results, cells, conditions)
         headings = ["model", *(condition or "as trained" for condition in conditions)]
         title = f"{place_name(task, size)}: {metric} by condition"
         found.append(Table(title, "Mean over seeds and its interval.", headings, rows, frozenset(strong)))
     return found
+
+
+def _reference_rows(results: Results, cells: Sequence[Cell], conditions: Sequence[str]) -> list[list[str]]:
+    """The task's references, on the tests of the model with the most seeds."""
+    cell, prefix = max(cells, key=lambda cell: len(cell.done)), reference_metric(results.task(cells[0].task), "")
+    measured = dict.fromkeys(metric for row in cell.done for test in row.tests for metric in test["metrics"])
+    return [
+        [
+            f"({metric.removeprefix(prefix)})",
+            *(_estimate(results.estimate(cell.values(metric, condition))) for condition in conditions),
+        ]
+        for metric in measured
+        if metric.startswith(prefix)
+    ]
 
 
 def changed_tables(results: Results) -> list[Table]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -47,6 +47,14 @@ class Task(Choice, abstract=True):
         """What the trained model is tested on, by condition: the task itself and, say, its longer or noisier forms."""
         return {"": self}
 
+    def validation(self) -> Task:
+        """What settings are selected on: by default the first condition of the tests, on other draws."""
+        return next(iter(self.tests().values()))
+
+    def references(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """What a model has to beat, by name: functions from inputs to outputs, fitted to training data at most."""
+        return {}
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean training loss over what is asked; outputs [N, T, out_width]."""
         raise NotImplementedError
@@ -54,6 +62,10 @@ class Task(Choice, abstract=True):
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, tuple[float, int]]:
         """Per metric the sum over what is asked and how many were asked: batches add up."""
         raise NotImplementedError
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that follow from the means of `measure`, as a perplexity does."""
+        return {}
 
 
 class Discrete(Task, abstract=True):

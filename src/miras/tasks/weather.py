@@ -94,6 +94,18 @@ class Weather(Continuous):
         test = replace(self, split="test", longer=())
         return {"": test} | {f"{k * self.num_hours} hours": replace(test, num_hours=k * self.num_hours) for k in self.longer}
 
+    def validation(self) -> Weather:
+        """The weeks between those of training and of the tests."""
+        return replace(self, split="validation", longer=())
+
+    def references(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """Saying the last temperature again, and the linear forecast from the last hours (24, where `context` has them)."""
+        lags = min(24, self.context + 1)
+        return {
+            "last temperature": lambda rows: rows[..., :1].expand(-1, -1, self.horizon),
+            f"ridge regression on {lags} hours": ridge(self, lags),
+        }
+
 
 def ridge(task: Weather, lags: int = 24, strength: float = 1.0) -> Callable[[Tensor], Tensor]:
     """The linear forecast from the last `lags` hours of all inputs, fitted to every hour of the training split.

@@ -75,8 +75,16 @@ class NextToken(Discrete, abstract=True):
         sizes = [factor * self.num_tokens for factor in self.longer]
         return {"": held_out} | {f"{n} tokens": replace(held_out, num_tokens=n, num_asked=asked) for n in sizes}
 
+    def validation(self) -> Self:
+        """Held-out tokens at the training length, apart from the tests' where the data have such a split."""
+        return replace(self, split="validation", longer=())
+
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, tuple[float, int]]:
         """Accuracy, loss in nats a token, and bits a unit."""
         found = super().measure(outputs, targets)
         nats, count = found["loss"]
         return found | {f"bits a {self.unit}": (nats / math.log(2.0), round(count * self.units_per_token))}
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Perplexity a token."""
+        return {"perplexity": math.exp(means["loss"])}
