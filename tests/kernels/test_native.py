@@ -260,14 +260,31 @@ def test_what_it_cannot_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(ValueError, match=str(occupied)):
         run(plain, path="native")
     native.forget()
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "compiler", lambda: ())
     with pytest.raises(ValueError, match=r"no C\+\+ compiler"):
         run(plain, path="native")
     assert "for CPUs, not for cuda" in miras.explain(PLAIN, device="cuda").refusals["native"]
 
 
+def test_the_compiler_is_the_one_that_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cache", "g++"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for asked, found in (
+        ("cache clang++ -g", (str(tmp_path / "cache"), "clang++", "-g")),
+        ("nowhere", ()),
+        ("", (str(tmp_path / "g++"),)),
+    ):
+        monkeypatch.setenv("CXX", asked)
+        native.compiler.cache_clear()
+        assert native.compiler() == found
+        assert native.unusable(torch.device("cpu")) == (None if found else "no C++ compiler (nowhere)")
+    native.compiler.cache_clear()
+
+
 def test_where_it_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "compiler", lambda: "g++")
+    monkeypatch.setattr(native, "compiler", lambda: ("g++",))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert miras.engine.plan(PLAIN, rows=4).path == "native"
     assert "3 sequences and heads leave some of 4 threads" in miras.engine.plan(PLAIN, rows=3).refusals["native"]

@@ -72,17 +72,22 @@ def unfit(design: Design) -> str | None:
 
 
 @functools.cache
-def compiler() -> str | None:
-    """The C++ compiler: that of $CXX, else g++ or clang++; None where there is none."""
-    return next((path for name in (os.environ.get("CXX"), "g++", "clang++") if name and (path := shutil.which(name))), None)
+def compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler: $CXX, which may have several words, or g++ or clang++; empty where there is none."""
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else ["g++", "clang++"]:
+        program, *rest = shlex.split(name)
+        if path := shutil.which(program):
+            return path, *rest
+    return ()
 
 
 def unusable(device: torch.device) -> str | None:
     """Why no program can run on a device; None where one can."""
     if device.type != "cpu":
         return f"its programs are for CPUs, not for {device.type}"
-    if compiler() is None:
-        return "no C++ compiler (g++ or clang++, or the one in $CXX)"
+    if not compiler():
+        return f"no C++ compiler ({os.environ.get('CXX') or 'g++ or clang++, or the one in $CXX'})"
     return None
 
 
@@ -185,7 +190,7 @@ def _compiled(source: str) -> Path:
 
     It lies in $MIRAS_CACHE_DIR, or else in ~/.cache/miras; $MIRAS_CXXFLAGS are its last flags. Raises Untraceable.
     """
-    command = [str(compiler()), *shlex.split(FLAGS), *_target(), *shlex.split(os.environ.get("MIRAS_CXXFLAGS", ""))]
+    command = [*compiler(), *shlex.split(FLAGS), *_target(), *shlex.split(os.environ.get("MIRAS_CXXFLAGS", ""))]
     key = hashlib.sha256("\n".join([source, *command, _macros()]).encode()).hexdigest()[:32]
     folder = Path(os.environ.get("MIRAS_CACHE_DIR") or Path.home() / ".cache" / "miras") / "native"
     library = folder / f"{key}.so"
@@ -214,7 +219,7 @@ def _target() -> tuple[str, ...]:
 @functools.cache
 def _macros() -> str:
     """What the compiler says of itself and of this processor."""
-    command = [str(compiler()), *_target(), "-dM", "-E", "-x", "c++", os.devnull]
+    command = [*compiler(), *_target(), "-dM", "-E", "-x", "c++", os.devnull]
     return subprocess.run(command, capture_output=True, text=True).stdout
 
 
