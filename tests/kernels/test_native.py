@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import miras
 from miras import bias, learning, memory, retention
 from miras.design import Design
-from miras.kernels import native, recompute
+from miras.kernels import native, recompute, scan
 from tests.kernels.scan_cases import PLAIN, Scans, Sorted, online
 from tests.problems import assert_close, assert_same, leaves, outcome, random_problem, run, with_leaves
 
@@ -294,6 +295,30 @@ def test_where_it_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("built_anew")
+@pytest.mark.usefixtures("built_anew")
+@pytest.mark.parametrize("learned", [learning.GradientDescent(), learning.Momentum()], ids=str)
+def test_large_states_are_not_all_kept(learned: learning.Learning, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven windows every third, and the others are made again."""
+    problem = random_problem(
+        replace(PLAIN, refresh=8, learning=learned), tokens=56, width=8, heads=2, slow=True, dtype=torch.float64
+    )
+    kept = list[int]()
+    scan_forward = scan.Scan.forward
+
+    def watched(*args: Any) -> Any:
+        found = scan_forward(*args)
+        kept.extend(x.shape[2] for x in found.kept)
+        return found
+
+    monkeypatch.setattr(scan.Scan, "forward", watched)
+    for large, counts in ((2**20, {7}), (1, {3, 1})):
+        monkeypatch.setattr(native, "LARGE", large)
+        kept.clear()
+        native.forget()
+        assert_same(outcome(problem, path="native"), outcome(problem, path="reference"), 1e-9)
+        assert set(kept) == counts
+
+
 def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIRAS_CACHE_DIR", str(tmp_path))
     problem = random_problem(PLAIN, tokens=32)

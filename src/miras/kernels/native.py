@@ -6,8 +6,8 @@ from the traced block by `cxx`, know nothing of the batch or the length, take se
 
 Blocks have as many steps as a window, or its largest divisor up to `MAX_BLOCK`, and with refresh 1 `UNROLLED`; the state
 before every block is kept for the backward pass. Links at every token that are not numbers times the weights, rates and
-decays per channel, and, with refresh 1, links and states that settle have blocks of one step, and then the states of the
-square root of their number are kept.
+decays per channel, and, with refresh 1, links and states that settle have blocks of one step; of these, and of blocks with a
+`LARGE` state, the states of the square root of their number are kept.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ UNROLLED = 16
 
 More take longer to build; with fewer, more states are kept.
 """
+
+LARGE = 2**20
+"""Numbers of a state that takes longer to keep before every block than to make again, and fills the memory first."""
 
 MIN_WORK = 2**24
 """Products of a weight and an input that are worth the seconds of tracing and building, once a design.
@@ -126,7 +129,7 @@ class NativePrograms:
         generate(_library, block, needed)
 
     def every(self, block: Block, steps: int) -> int:
-        return 1 if block.length > 1 else math.isqrt(steps - 1) + 1
+        return 1 if _keeps_all(block) else math.isqrt(steps - 1) + 1
 
     def forward(self, block: Block, tensors: Sequence[Tensor], rows: int, sizes: Mapping[str, int]) -> None:
         library = _library(block, None)
@@ -151,12 +154,16 @@ def _run(function: Any, block: Block, tensors: Sequence[Tensor], rows: int, size
         raise MemoryError("no memory for the program of path 'native'")
 
 
+def _keeps_all(block: Block) -> bool:
+    """Whether the states before all blocks are kept, and none is found again."""
+    return block.length > 1 and sum(map(math.prod, block.state.values())) < LARGE
+
+
 @functools.lru_cache(maxsize=256)
 def _library(block: Block, needed: tuple[bool, ...] | None) -> ctypes.CDLL:
     """The built programs: forward and replay, or backward for the inputs that need a gradient. Raises Untraceable."""
     if needed is None:
-        # States between kept ones are found again, which are all kept where a block has more than one step.
-        names = ["forward", "replay"] if block.length == 1 else ["forward"]
+        names = ["forward"] if _keeps_all(block) else ["forward", "replay"]
         graphs = {ends: traced(block, ends) for ends in _kinds(block)}
         functions = [_forward(block, graphs, name) for name in names]
     else:
