@@ -10,6 +10,7 @@ import pytest
 
 from miras import cli
 from miras.study.config import Study, restricted, study_from
+from miras.study.figures import heatmap
 from miras.study.heat import heat
 from miras.study.page import write_study_report
 from miras.study.plan import Planned
@@ -203,6 +204,26 @@ def test_conditions_and_heat_maps(results: Results) -> None:
     [turned, _] = heat(results, {"x": "model", "y": "train.lr", "condition": "12 tokens"})
     assert (turned.xs, turned.ys) == (["Delta", "Transformer", "Delta: no gate"], [0.01, 0.02])
     assert heat_table(turned).title == "echo, small, 12 tokens: accuracy by lr and model"
+    assert heat(results, {"x": "model", "y": "train.lr", "condition": "another task's"}) == []
+
+
+def test_a_heat_map_tells_failed_from_not_run_and_from_not_planned(tmp_path: Path) -> None:
+    raw = raw_study(tmp_path / "study", heatmaps=[{"x": "train.lr", "y": "model"}])
+    for name, rates in (("Delta", [0.01, 0.02, 0.04]), ("Transformer", [0.01, 0.02])):
+        raw["models"][name]["axes"] = {"train.lr": rates}
+    study = study_from(raw)
+    store = Store(Path(study.out))
+    for planned in next(batches(study, store.get)):
+        place = planned.model, dict(planned.settings)["train.lr"], planned.run.seed
+        if place not in (("Transformer", 0.02, 0), ("Transformer", 0.02, 1), ("Delta", 0.04, 1)):
+            store.put(made_up(planned, failed=place[:2] in (("Transformer", 0.01), ("Delta", 0.04))))
+    panels = heat(collect(study, store), study.heatmaps[0])
+    rows = {row[0]: row[1:] for row in heat_table(panels[0]).rows}
+    assert rows["Transformer"] == ["failed", "not run", ""]
+    assert (rows["Delta"][0][:5], rows["Delta"][2]) == ("0.505", "not run")
+    drawn = heatmap(panels)
+    assert drawn is not None
+    assert [drawn.count(f"<!-- {word} -->") for word in ("failed", "not run", "0.505")] == [1, 2, 1]
 
 
 def test_references_stand_below_the_models(results: Results) -> None:

@@ -22,7 +22,7 @@ from miras.study.statistics import Estimate
 MARKERS = ("o", "s", "^", "D", "v", "P")
 """With the colours: lines can be told apart without them too."""
 
-FAILED = "#d5dade"
+HATCH = "#d5dade"
 WIDTH = 11.0  # inches
 
 
@@ -162,7 +162,11 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     values = panel.values
     image = axes.imshow(np.ma.masked_invalid(values), cmap=shades, aspect="auto", origin="lower")
     for y, x in np.ndindex(values.shape):
-        _write(axes, x, y, float(values[y, x]), image.norm, shades)
+        at, value = (panel.xs[x], panel.ys[y]), float(values[y, x])
+        if at in panel.estimates:
+            _write(axes, x, y, value, image.norm, shades)
+        else:
+            _hatch(axes, x, y, panel.words.get(at, ""))
     axes.set_xticks(range(len(panel.xs)), [tick(x) for x in panel.xs])
     axes.set_yticks(range(len(panel.ys)), [tick(y) for y in panel.ys])
     axes.set_title(panel.title, fontsize=9.5)
@@ -215,20 +219,15 @@ def _interval(axes: Axes, value: Estimate | None, y: float, colour: str) -> None
 
 
 def _write(axes: Axes, x: int, y: int, value: float, norm: Callable[[Any], Any], shades: Callable[[Any], Any]) -> None:
-    """A cell's number, dark on light and light on dark; a hatched cell where there is none."""
-    if math.isnan(value):
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor=FAILED, hatch="////", linewidth=0))
-        axes.text(
-            x,
-            y,
-            "failed",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="#5a646d",
-            bbox={"fc": "white", "ec": "none", "pad": 1},
-        )
-        return
-    red, green, blue, _ = shades(norm(value))
+    """A cell's number, dark on light and light on dark."""
+    red, green, blue, _ = (1.0, 1.0, 1.0, 1.0) if math.isnan(value) else shades(norm(value))
     bright = 0.299 * red + 0.587 * green + 0.114 * blue
     axes.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize=8.5, color="#1d252c" if bright > 0.5 else "white")
+
+
+def _hatch(axes: Axes, x: int, y: int, word: str) -> None:
+    """A cell without a number, and why; without a word where nothing is planned."""
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor="white", edgecolor=HATCH, hatch="////", linewidth=0))
+    if word:
+        box = {"fc": "white", "ec": "none", "pad": 1}
+        axes.text(x, y, word, ha="center", va="center", fontsize=8, color="#5a646d", bbox=box)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,16 @@ from miras.study.plan import shown
 from miras.study.results import Cell, Results, place_name
 from miras.study.statistics import Estimate
 
+Candidate = tuple[Cell, dict[str, Any]]
+"""The runs of a setting, and with which settings of `evaluate` they are run."""
+
 
 @dataclass(frozen=True)
 class Panel:
-    """A heat map: its axes' names and values, y from the bottom up, and the estimate at each (x, y) with finished runs."""
+    """A heat map: its axes' names and values, y from the bottom up, and the estimate at each (x, y) with finished runs.
+
+    words   without a number: "failed" if all runs did, "not run" if some are yet to be, none if no run is planned
+    """
 
     title: str
     x: str
@@ -24,6 +31,7 @@ class Panel:
     xs: list[Any]
     ys: list[Any]
     estimates: Mapping[tuple[Any, Any], Estimate]
+    words: Mapping[tuple[Any, Any], str]
     higher_is_better: bool
 
     @property
@@ -36,16 +44,14 @@ class Panel:
 def heat(results: Results, entry: Mapping[str, Any]) -> list[Panel]:
     """The panels of a heat map. Where other axes differ too, the setting with the best validation score stands."""
     x_key, y_key = entry["x"], entry["y"]
-    places: dict[tuple[str, str, str], dict[tuple[Any, Any], tuple[Cell, dict[str, Any]]]] = {}
+    places: dict[tuple[str, str, str], dict[tuple[Any, Any], list[Candidate]]] = {}
     for cell in results.cells:
         if cell.model not in entry.get("models", [cell.model]):
             continue
         for point, changed in _points(cell, (x_key, y_key)):
-            if x_key in point and y_key in point:
+            if x_key in point and y_key in point and not _unasked(results, entry, cell, changed):
                 place = (cell.task, cell.size, "" if "model" in (x_key, y_key) else cell.model)
-                found, at = places.setdefault(place, {}), (point[x_key], point[y_key])
-                if at not in found or results.better(cell, found[at][0]):
-                    found[at] = (cell, changed)
+                places.setdefault(place, {}).setdefault((point[x_key], point[y_key]), []).append((cell, changed))
     return [_panel(results, entry, place, found) for place, found in places.items()]
 
 
@@ -53,21 +59,34 @@ def _panel(
     results: Results,
     entry: Mapping[str, Any],
     place: tuple[str, str, str],
-    found: Mapping[tuple[Any, Any], tuple[Cell, dict[str, Any]]],
+    found: Mapping[tuple[Any, Any], list[Candidate]],
 ) -> Panel:
-    task = results.task(place[0])
-    metric, condition = entry.get("metric") or task.metric, entry.get("condition")
+    metric, condition = _asked(results, entry, place[0])
     xs, ys = (_ordered(at[i] for at in found) for i in (0, 1))
-    estimates = {
-        at: value
-        for at, (cell, changed) in found.items()
-        if (value := results.estimate(cell.values(metric, condition, changed))) is not None
-    }
+    estimates, words = dict[tuple[Any, Any], Estimate](), dict[tuple[Any, Any], str]()
+    for at, candidates in found.items():
+        cell, changed = reduce(lambda one, other: other if results.better(other[0], one[0]) else one, candidates)
+        value = results.estimate(cell.values(metric, condition, changed))
+        if value is not None:
+            estimates[at] = value
+        else:
+            words[at] = "not run" if any(set(each.runs) - set(each.rows) for each, _ in candidates) else "failed"
     measured = f"{place_name(*place[:2])}{f', {condition}' if condition else ''}: {metric}"
     title = "\n".join(part for part in (place[2], measured) if part)
     names = _axis(entry["x"], entry["y"]), _axis(entry["y"], entry["x"])
     rows = ys if all(isinstance(y, (int, float)) for y in ys) else ys[::-1]  # The first of words is on top.
-    return Panel(title, *names, xs, rows, estimates, task.higher_is_better and metric == task.metric)
+    task = results.task(place[0])
+    return Panel(title, *names, xs, rows, estimates, words, task.higher_is_better and metric == task.metric)
+
+
+def _asked(results: Results, entry: Mapping[str, Any], task: str) -> tuple[str, str | None]:
+    """A heat map's metric, by default the task's, and its condition."""
+    return entry.get("metric") or results.task(task).metric, entry.get("condition")
+
+
+def _unasked(results: Results, entry: Mapping[str, Any], cell: Cell, changed: Mapping[str, Any]) -> bool:
+    """Whether finished runs have nothing to show: another task's metric or condition is asked for."""
+    return bool(cell.done) and not cell.values(*_asked(results, entry, cell.task), changed)
 
 
 def _points(cell: Cell, keys: Sequence[str]) -> list[tuple[dict[str, Any], dict[str, Any]]]:

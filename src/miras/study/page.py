@@ -115,7 +115,7 @@ def sections(results: Results) -> list[Section]:
         *_section("Against the baselines", "", [], [tables.comparison_table(results)]),
         *_section("Ablation: one choice at a time", "", [], [tables.ablation_table(results)]),
         *_section("By condition", "", [figures.conditions(results)], tables.condition_tables(results)),
-        *_section("Heat maps", "Means over seeds.", maps, []),
+        *_section("Heat maps", "Means over seeds; hatched without a word where no run is planned.", maps, []),
         *_section("Heat maps in numbers", "", [], in_numbers, folded=True),
         *_section("Run with other settings", "", [], tables.changed_tables(results), folded=True),
         *_section(

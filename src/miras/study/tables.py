@@ -175,7 +175,8 @@ def _changed_table(
 
 def heat_table(panel: Panel) -> Table:
     """A heat map in numbers, rows from the top down."""
-    rows = [[tick(y), *(_estimate(panel.estimates.get((x, y))) for x in panel.xs)] for y in panel.ys[::-1]]
+    texts = {**panel.words, **{at: _estimate(value) for at, value in panel.estimates.items()}}
+    rows = [[tick(y), *(texts.get((x, y), "") for x in panel.xs)] for y in panel.ys[::-1]]
     title = f"{', '.join(panel.title.splitlines())} by {panel.y or 'model'} and {panel.x or 'model'}"
     headings = [panel.y or "model", *(tick(x) for x in panel.xs)]
     return Table(title, "Mean over seeds and its interval.", headings, rows)
