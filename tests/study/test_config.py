@@ -78,6 +78,11 @@ def test_studies_that_are_refused(changes: dict[str, Any], overrides: list[str],
         ({"heatmaps": [{"x": "a", "y": "b", "models": ["Dleta"]}]}, r"map's models: 'Dleta'; there are 'Delta', 'Transf"),
         ({"heatmaps": [{"x": "a", "y": "b", "condition": "9"}]}, r"map's condition: '9'; there are '', '12 tokens'"),
         (
+            {"heatmaps": [{"x": "a", "y": "b", "metric": "acuracy"}]},
+            r"map's metric: 'acuracy'; there are 'accuracy', 'loss'$",
+        ),
+        ({"heatmaps": [{"x": "a", "y": "b", "metric": "deviation"}]}, r"deviation needs an evaluate.\* for x or y"),
+        (
             {"sizes": {"S": {"parameters": 1600}}, "tasks": {"echo": {"kind": "TinyEcho", "size": {"parameters": 1700}}}},
             r"echo, S, Delta: both the task and the size set size.parameters",
         ),

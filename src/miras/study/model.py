@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +58,13 @@ def build(task: Task, design: Mapping[str, Any], size: Mapping[str, Any]) -> nn.
     if isinstance(task, Continuous):
         return VectorModel(MirasConfig(design=design, vocab_size=1, **fields), task.in_width, task.out_width)
     raise TypeError(f"task {task.kind} is neither a Discrete nor a Continuous one")
+
+
+def measures(task: Task) -> list[str]:
+    """The metrics of a task, from one example and answers that are all zero."""
+    targets = task.sample(1, np.random.default_rng(0)).targets
+    width = task.vocab_size if isinstance(task, Discrete) else task.out_width if isinstance(task, Continuous) else 1
+    return list(task.measure(torch.zeros(*targets.shape[:2], width), targets))
 
 
 def fitted(task: Task, design: Mapping[str, Any], size: Mapping[str, Any], label: str) -> dict[str, Any]:

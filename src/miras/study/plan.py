@@ -16,7 +16,7 @@ import numpy as np
 from miras import models
 from miras.sections import sections_from
 from miras.study.config import SizeSection, Study, TrainSection, ablated, merged
-from miras.study.model import fitted
+from miras.study.model import fitted, measures
 from miras.tasks import Task
 
 VERSION = 1
@@ -118,7 +118,7 @@ def groups(study: Study) -> list[Group]:
 
 
 def check_heatmaps(study: Study) -> None:
-    """Refuse heat maps over what does not vary, of models or under conditions that there are not. Raises ValueError."""
+    """Refuse heat maps over what does not vary, and of models, metrics and conditions that are none. Raises ValueError."""
     models = all_models(study)
     axes = {axis.key for group in groups(study) for axis in group.axes}
     changes = {
@@ -137,9 +137,22 @@ def check_heatmaps(study: Study) -> None:
         ):
             if unknown := [name for name in names if name not in known]:
                 raise ValueError(f"study: a heat map's {key}: {unknown[0]!r}; there are {', '.join(map(repr, known))}")
+        _check_metric(study, entry)
         for side in ("x", "y"):
             if entry[side] not in allowed:
                 raise ValueError(f"study: heat map over {entry[side]!r}, which does not vary; allowed: {', '.join(allowed)}")
+
+
+def _check_metric(study: Study, entry: Mapping[str, Any]) -> None:
+    """Refuse a heat map of what no task measures."""
+    tasks, metric = [_task(task) for task in study.tasks.values()], entry.get("metric")
+    changed = ["deviation"] if any(str(entry[side]).startswith("evaluate.") for side in ("x", "y")) else []
+    if metric in (None, *changed, *(task.metric for task in tasks)):
+        return
+    known = sorted({*changed, *(name for task in tasks for name in measures(task))})
+    if metric not in known:
+        hint = "; deviation needs an evaluate.* for x or y" if metric == "deviation" else ""
+        raise ValueError(f"study: a heat map's metric: {metric!r}; there are {', '.join(map(repr, known))}{hint}")
 
 
 def check_tasks(study: Study) -> None:
