@@ -10,7 +10,7 @@ import pytest
 
 from miras import cli
 from miras.study.config import Study, restricted, study_from
-from miras.study.figures import heatmap
+from miras.study.figures import heatmap, scaling
 from miras.study.heat import heat
 from miras.study.page import write_study_report
 from miras.study.plan import Planned
@@ -240,10 +240,10 @@ def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -
     page, markdown = (path.read_text() for path in write_study_report(study, "miras study some.yaml"))
     assert not re.search(r"(src|href)=[\"']?http", page)
     assert "<script" not in page
-    assert page.count("<svg") == 6  # seeds, conditions, two heat maps, FLOPs, curves
+    assert page.count("<svg") == 6  # seeds, conditions, two heat maps, sizes, curves
     saved = {file.stem: file.read_text() for file in (Path(study.out) / "figures").iterdir()}
     assert sorted(saved) == [
-        *("against-the-flops-of-training", "by-condition", "heat-maps", "heat-maps-2", "learning-curves", "results")
+        *("against-flops-and-parameters", "by-condition", "heat-maps", "heat-maps-2", "learning-curves", "results")
     ]
     assert all(figure in page for figure in saved.values())
     for text in (page, markdown):
@@ -259,6 +259,15 @@ def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -
             assert title in text
         assert "training stopped at step 3: loss nan" in text
     assert write_study_report(study, "miras study some.yaml")[0].read_text() == page
+
+
+def test_sizes_are_drawn_by_flops_and_by_parameters_where_these_differ(study: Study, results: Results) -> None:
+    def labels(found: Results) -> list[str]:
+        return re.findall(r"<!-- (FLOPs of the training.*|parameters|1.5k|2k) -->", scaling(found) or "")
+
+    assert labels(results) == ["FLOPs of the training (matrix products)", "1.5k", "2k", "parameters"]
+    deep = replace(study, sizes={"small": {}, "other": {"extra": {"initializer_range": 0.1}}})
+    assert labels(collect(deep, Store(Path(study.out)))) == ["FLOPs of the training (matrix products)"]
 
 
 def test_runs_with_other_settings_have_a_table_for_every_condition(results: Results) -> None:

@@ -1,4 +1,4 @@
-"""A study's figures, as SVG text: every seed with its mean and interval, curves, conditions, heat maps, loss by FLOPs."""
+"""A study's figures, as SVG text: every seed with its mean and interval, curves, conditions, heat maps, sizes."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from matplotlib.ticker import EngFormatter
 from miras.report.figures import COLOURS, STYLE, svg
 from miras.study.heat import Panel, tick
 from miras.study.results import Cell, Results, place_name
+from miras.study.run import Row
 from miras.study.statistics import Estimate
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -24,6 +25,11 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 
 HATCH = "#d5dade"
 WIDTH = 11.0  # inches
+COSTS: Mapping[str, Callable[[Row], float]] = {
+    "FLOPs of the training (matrix products)": lambda row: row.flops * row.tokens,
+    "parameters": lambda row: row.parameters,
+}
+"""What the metric is drawn against over the sizes."""
 
 
 def dots(results: Results) -> str:
@@ -89,11 +95,7 @@ def conditions(results: Results) -> str | None:
 
     def draw(axes: Axes, cell: Cell, look: Mapping[str, Any], place: tuple[str, str, str]) -> None:
         metric = results.task(cell.task).metric
-        points = [(x, results.estimate(cell.values(metric, name))) for x, name in series[place]]
-        kept = [(x, value) for x, value in points if value is not None]
-        axes.plot([x for x, _ in kept], [value.mean for _, value in kept], **look)
-        low, high = [value.low for _, value in kept], [value.high for _, value in kept]
-        axes.fill_between([x for x, _ in kept], low, high, color=look["color"], alpha=0.12, linewidth=0)
+        _band(axes, [(x, results.estimate(cell.values(metric, name))) for x, name in series[place]], look)
 
     def finish(axes: Axes, place: tuple[str, str, str]) -> None:
         axes.set(title=place_name(*place[:2]), xlabel=place[2], ylabel=results.task(place[0]).metric)
@@ -115,27 +117,37 @@ def _own_number(results: Results, task: str, words: str) -> float | None:
 
 
 def scaling(results: Results) -> str | None:
-    """Each task: the metric against the FLOPs of the training, over the sizes; None for one size."""
+    """Each task: the metric against the FLOPs of the training and the parameters, over the sizes; None for one size.
+
+    Sizes of as many parameters each have the first panel alone.
+    """
     if len(results.study.sizes) < 2:
         return None
 
-    def draw(axes: Axes, cell: Cell, look: Mapping[str, Any]) -> None:
+    def draw(axes: Axes, cell: Cell, look: Mapping[str, Any], place: tuple[str, str]) -> None:
         metric = results.task(cell.task).metric
         same = [c for c in results.selected.values() if (c.task, c.model) == (cell.task, cell.model) and c.done]
         if not same or cell is not same[0]:  # One line for all sizes, drawn with the first.
             return
-        points = sorted((c.done[0].flops * c.done[0].tokens, results.estimate(c.values(metric))) for c in same)
-        kept = [(x, value) for x, value in points if value is not None]
-        axes.plot([x for x, _ in kept], [value.mean for _, value in kept], **look)
-        low, high = [value.low for _, value in kept], [value.high for _, value in kept]
-        axes.fill_between([x for x, _ in kept], low, high, color=look["color"], alpha=0.12, linewidth=0)
+        measured = [(COSTS[place[1]](c.done[0]), results.estimate(c.values(metric))) for c in same]
+        _band(axes, sorted(measured, key=lambda point: point[0]), look)
 
     def finish(axes: Axes, place: tuple[str, str]) -> None:
-        axes.set(title=place[0], xlabel="FLOPs of the training (matrix products)", ylabel=results.task(place[0]).metric)
-        axes.set_xscale("log")
+        axes.set(title=place[0], xlabel=place[1], ylabel=results.task(place[0]).metric, xscale="log")
+        if place[1] == "parameters":
+            counts = _asked_parameters(results, place[0])
+            axes.set_xticks(counts, [EngFormatter(sep="")(count) for count in counts])
+            axes.minorticks_off()
 
+    panels = [(task, cost) for task in results.study.tasks for cost in COSTS]
+    panels = [place for place in panels if place[1] != "parameters" or len(_asked_parameters(results, place[0])) > 1]
     cells = list(results.selected.values())
-    return _lines(results, [((task, ""), cells) for task in results.study.tasks], draw, finish, any_size=True)
+    return _lines(results, [(place, cells) for place in panels], draw, finish, with_place=True, any_size=True)
+
+
+def _asked_parameters(results: Results, task: str) -> list[int]:
+    """How many parameters the sizes of a task ask for."""
+    return sorted({run.run.size["parameters"] for cell in results.cells if cell.task == task for run in cell.runs.values()})
 
 
 def heatmap(panels: Sequence[Panel]) -> str | None:
@@ -208,6 +220,14 @@ def _style(results: Results, model: str) -> tuple[str, str, str]:
     place = names.index(model)
     dash = ("-", "--", ":")[place // len(COLOURS) % 3]
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], dash
+
+
+def _band(axes: Axes, points: Sequence[tuple[float, Estimate | None]], look: Mapping[str, Any]) -> None:
+    """A line through the means, with the band of their intervals."""
+    kept = [(x, value) for x, value in points if value is not None]
+    axes.plot([x for x, _ in kept], [value.mean for _, value in kept], **look)
+    low, high = [value.low for _, value in kept], [value.high for _, value in kept]
+    axes.fill_between([x for x, _ in kept], low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
 def _interval(axes: Axes, value: Estimate | None, y: float, colour: str) -> None:

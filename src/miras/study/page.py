@@ -119,8 +119,8 @@ def sections(results: Results) -> list[Section]:
         *_section("Heat maps in numbers", "", [], in_numbers, folded=True),
         *_section("Run with other settings", "", [], tables.changed_tables(results), folded=True),
         *_section(
-            "Against the FLOPs of training",
-            "Of the matrix products, counted on one example.",
+            "Against FLOPs and parameters",
+            "FLOPs of the matrix products, counted on one example; parameters in all, embeddings included.",
             [figures.scaling(results)],
             [],
         ),
