@@ -160,6 +160,7 @@ def study(
     report_only: Annotated[bool, typer.Option("--report-only", help="Train nothing: report on the runs there are.")] = False,
 ) -> None:
     """Train every run of a study that is not done yet, and report: tables, tests, figures. Kill and repeat it at will."""
+    from miras.study.ablation import check_ablations
     from miras.study.config import read_study, restricted
     from miras.study.page import write_study_report
     from miras.study.plan import check_heatmaps, check_tasks
@@ -170,6 +171,7 @@ def study(
     check_heatmaps(whole)
     what = restricted(whole, task or [], model or [])
     check_tasks(what)
+    check_ablations(what)
     parts = [("--task", name) for name in task or []] + [("--model", name) for name in model or []]
     parts += [("--out", str(out))] if out else []
     if not report_only:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from miras.study.ablation import check_ablations
 from miras.study.config import ablated, merged, read_study, study_from
 from miras.study.plan import axes_of, check_heatmaps, check_tasks, groups, nested, random_settings
 from miras.study.search import batches
@@ -97,7 +98,32 @@ def test_studies_that_are_refused(changes: dict[str, Any], overrides: list[str],
 def test_plans_that_are_refused(changes: dict[str, Any], message: str) -> None:
     study = study_from({**raw_study(Path("none")), **changes})
     with pytest.raises(ValueError, match=message):
-        _ = check_heatmaps(study), check_tasks(study), next(batches(study, lambda _: None))
+        _ = check_heatmaps(study), check_tasks(study), check_ablations(study), next(batches(study, lambda _: None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "model"),
+    [
+        ({}, {}),
+        ({"evaluate": {"design.refresh": [1]}}, {}),
+        ({"design": {"bias": {"form": "coordinate"}, "refresh": 16}}, {}),  # as every yaad has it
+        ({"design": {"refresh": 4}, "train": {"lr": 1e-2}}, {"design": {"refresh": 4}}),
+        ({"design": {"refresh": 4}}, {"axes": {"design.refresh": [8, 2]}}),  # the axis decides
+    ],
+)
+def test_ablations_that_change_nothing_are_refused(changes: dict[str, Any], model: dict[str, Any]) -> None:
+    raw = raw_study(Path("none"), models={"Yaad": {"name": "yaad", **model}})
+    other = {
+        "other": {"design": {"anchor": "origin"}},
+        "loss": {"design": {"bias": {"kind": "L2"}}},
+        "rate": {"train": {"lr": 1}},
+    }
+    check_ablations(study_from({**raw, "ablations": [{"of": "Yaad", "revert": other}]}))
+    study = study_from({**raw, "ablations": [{"of": "Yaad", "revert": {**other, "same": changes}}]})
+    with pytest.raises(
+        ValueError, match="ablation 'same' of Yaad changes nothing, Yaad is so already; revert another choice"
+    ):
+        check_ablations(study)
 
 
 def test_files_are_read_by_their_names(tmp_path: Path) -> None:

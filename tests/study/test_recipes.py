@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from miras.study.ablation import check_ablations
 from miras.study.config import Study, read_study
 from miras.study.plan import check_heatmaps, check_tasks
 from miras.study.search import batches
@@ -20,6 +21,7 @@ def test_every_run_of_every_study_can_be_planned(path: Path, monkeypatch: pytest
     assert isinstance(study, Study)
     check_heatmaps(study)
     check_tasks(study)
+    check_ablations(study)
     runs = next(batches(study, lambda _: None))
     assert len(study.seeds) >= 3
     assert {item.run.seed for item in runs} == set(study.seeds[: study.search.seeds])

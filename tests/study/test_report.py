@@ -334,6 +334,10 @@ def test_the_command_trains_and_reports(tmp_path: Path, capsys: pytest.CaptureFi
         with pytest.raises(SystemExit, match="0"):
             cli.main([*arguments, *extra])
         assert "report.html" in capsys.readouterr().out
+    file.write_text(f"{file.read_text()}ablations: [{{of: Delta, revert: {{nothing: {{}}}}}}]\n")
+    with pytest.raises(SystemExit, match="1"):
+        cli.main([*arguments, "--report-only"])
+    assert "ablation 'nothing' of Delta changes nothing" in capsys.readouterr().err
     page = (tmp_path / "out" / "report.html").read_text()
     assert f"miras study {file} train.lr=1e-2 --model Delta --out {tmp_path}/out" in page
     assert "One seed: there are no intervals and no tests" in page
