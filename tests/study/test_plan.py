@@ -9,7 +9,7 @@ from miras.bias import Lp
 from miras.design import Design
 from miras.study.config import Study, study_from
 from miras.study.model import build
-from miras.study.plan import Planned
+from miras.study.plan import Planned, short
 from miras.study.search import batches
 from miras.tasks import Task
 from miras.train.model import parameter_count
@@ -60,6 +60,12 @@ def test_axes_reach_the_size_the_training_and_the_design() -> None:
     assert [run.design["bias"] for run in runs] == [{"family": "bias", **Lp(p).to_dict()} for p in (2.0, 1.5)]
     assert runs[0].design["inputs"]["weight_std"] == 0.5
     assert runs[0].design["inputs"]["features"] == models.moneta().to_dict()["inputs"]["features"]
+
+
+def test_keys_are_as_long_as_tells_them_apart() -> None:
+    keys = ["design.inputs.rate.initial", "design.inputs.gates.delta.initial", "train.lr", "design.train.lr", "lr"]
+    assert [short(key, keys) for key in keys] == ["rate.initial", "delta.initial", "train.lr", "design.train.lr", "lr"]
+    assert short("design.bias.p", ["design.bias.p"]) == "p"
 
 
 def test_sizes_and_tasks_may_differ_and_models_may_tune() -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import numpy as np
 
-from miras.study.plan import shown
+from miras.study.plan import short, shown, varied
 from miras.study.results import Cell, Results, place_name
 from miras.study.statistics import Estimate
 
@@ -73,7 +73,8 @@ def _panel(
             words[at] = "not run" if any(set(each.runs) - set(each.rows) for each, _ in candidates) else "failed"
     measured = f"{place_name(*place[:2])}{f', {condition}' if condition else ''}: {metric}"
     title = "\n".join(part for part in (place[2], measured) if part)
-    names = _axis(entry["x"], entry["y"]), _axis(entry["y"], entry["x"])
+    keys = varied(results.study)
+    names = _axis(entry["x"], entry["y"], keys), _axis(entry["y"], entry["x"], keys)
     rows = ys if all(isinstance(y, (int, float)) for y in ys) else ys[::-1]  # The first of words is on top.
     task = results.task(place[0])
     return Panel(title, *names, xs, rows, estimates, words, task.higher_is_better and metric == task.metric)
@@ -117,9 +118,9 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, float, str)) else shown([("", value)]).strip()
 
 
-def _axis(key: str, other: str) -> str:
+def _axis(key: str, other: str, keys: Collection[str]) -> str:
     """A key for people: `evaluate.design.refresh` is the refresh that a model is run with."""
-    word = "" if key == "model" else key.split(".")[-1]
+    word = "" if key == "model" else short(key.removeprefix("evaluate."), keys)
     if key.startswith("evaluate."):
         return f"{word} at run time"
     return f"{word} in training" if other.startswith("evaluate.") else word

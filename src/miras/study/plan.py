@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -56,18 +56,19 @@ class Run:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run and its place in the study: task, size, model, the values of the axes, the seed."""
+    """A run and its place in the study: task, size, model, the values of the axes (and in words), the seed."""
 
     task: str
     size: str
     model: str
     settings: tuple[tuple[str, Any], ...]
+    words: str
     run: Run
 
     @property
     def label(self) -> str:
         """For logs: model, task and whatever else tells it apart."""
-        parts = [f"{self.model} on {self.task}", self.size, shown(self.settings), f"seed {self.run.seed}"]
+        parts = [f"{self.model} on {self.task}", self.size, self.words, f"seed {self.run.seed}"]
         return ", ".join(part for part in parts if part)
 
 
@@ -211,7 +212,7 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
         ValueError: a setting that no run could have; the message says which.
     """
     task, model, by_size = study.tasks[group.task], all_models(study)[group.model], study.sizes.get(group.size, {})
-    own = {part: nested(settings, part) for part in ROOTS}
+    own, words = {part: nested(settings, part) for part in ROOTS}, shown(settings.items(), varied(study))
     by_task = {"train": task.get("train", {}), "size": task.get("size", {})}
     _refuse_unequal(group.model, model)
     try:
@@ -219,15 +220,7 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
         if both := sorted({*by_task["size"]} & {*by_size}):
             raise ValueError(f"both the task and the size set size.{both[0]}; leave it to one of them")
         train = _section(TrainSection, "train", study.train, by_task["train"], model.get("train", {}), own["train"])
-        size = _section(
-            SizeSection,
-            "size",
-            study.size,
-            by_size,
-            by_task["size"],
-            model.get("size", {}),
-            own["size"],
-        )
+        size = _section(SizeSection, "size", study.size, by_size, by_task["size"], model.get("size", {}), own["size"])
         changes = merged(model.get("design", {}), own["design"])
         design = models.named(model["name"], **changes).to_dict()
         if size["parameters"] is None:
@@ -235,11 +228,11 @@ def plan(study: Study, group: Group, settings: Mapping[str, Any]) -> list[Planne
         size = fitted(asked, design, size, group.model)
         evaluate = _evaluations(model, changes, merged(study.evaluate, model.get("evaluate", {})))
     except (TypeError, ValueError) as error:
-        where = ", ".join(part for part in (group.task, group.size, group.model, shown(settings.items())) if part)
+        where = ", ".join(part for part in (group.task, group.size, group.model, words) if part)
         raise ValueError(f"study: {where}: {error}") from error
     run = Run(asked.to_dict(), design, size, train, 0, evaluate)
     return [
-        Planned(group.task, group.size, group.model, tuple(settings.items()), replace(run, seed=seed))
+        Planned(group.task, group.size, group.model, tuple(settings.items()), words, replace(run, seed=seed))
         for seed in study.seeds
     ]
 
@@ -268,9 +261,22 @@ def axes_of(raw: Mapping[str, Any], search: str) -> tuple[Axis, ...]:
     return tuple(found.values())
 
 
-def shown(settings: Any) -> str:
-    """Settings for people: the last part of each key, and its value."""
-    return ", ".join(f"{key.split('.')[-1]} {_value(value)}" for key, value in settings)
+def shown(settings: Iterable[tuple[str, Any]], keys: Iterable[str] = ()) -> str:
+    """Settings for people: each key, no longer than tells it from all of `keys`, and its value."""
+    return ", ".join(f"{short(key, keys)} {_value(value)}" for key, value in settings)
+
+
+def short(key: str, keys: Iterable[str]) -> str:
+    """The last parts of a dotted key, as many as none of the others ends in."""
+    parts, others = key.split("."), [f".{other}" for other in keys if other != key]
+    endings = [".".join(parts[begin:]) for begin in range(len(parts) - 1, 0, -1)]
+    return next((end for end in endings if not any(other.endswith(f".{end}") for other in others)), key)
+
+
+def varied(study: Study) -> set[str]:
+    """The keys of all axes, and of `evaluate`."""
+    entries = [{"axes": study.axes, "evaluate": study.evaluate}, *all_models(study).values()]
+    return {key for entry in entries for part in ("axes", "evaluate") for key, _ in _flat(entry.get(part, {}))}
 
 
 def nested(settings: Mapping[str, Any], root: str) -> dict[str, Any]:

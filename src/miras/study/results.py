@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from miras.study.config import Study
-from miras.study.plan import Planned, shown
+from miras.study.plan import Planned
 from miras.study.run import Row
 from miras.study.search import finished_batches, score
 from miras.study.statistics import Estimate, estimate
@@ -58,7 +58,7 @@ class Cell:
     @property
     def label(self) -> str:
         """The settings for people."""
-        return shown(self.settings)
+        return next(iter(self.runs.values())).words
 
 
 @dataclass

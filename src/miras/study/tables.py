@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from miras.study.heat import Panel, tick
-from miras.study.plan import shown
+from miras.study.plan import shown, varied
 from miras.study.results import Cell, Results, place_name
 from miras.study.run import reference_metric
 from miras.study.statistics import Comparison, Estimate, compare, corrected
@@ -142,7 +142,7 @@ def changed_tables(results: Results) -> list[Table]:
     for task in results.study.tasks:
         cells = [cell for cell in results.cells if cell.task == task and any(run.run.evaluate for run in cell.runs.values())]
         settings = [item["settings"] for cell in cells for run in cell.runs.values() for item in run.run.evaluate]
-        settings = list({shown(setting.items()): setting for setting in settings}.items())
+        settings = list({shown(setting.items(), varied(results.study)): setting for setting in settings}.items())
         if not settings:
             continue
         for condition in dict.fromkeys(name for cell in cells for name in cell.conditions):
@@ -208,8 +208,7 @@ def failure_table(results: Results) -> Table | None:
     if not results.failures:
         return None
     rows = [
-        [run.task, run.size, run.model, shown(run.settings), str(run.run.seed), row.status, row.error]
-        for run, row in results.failures
+        [run.task, run.size, run.model, run.words, str(run.run.seed), row.status, row.error] for run, row in results.failures
     ]
     headings = ["task", "size", "model", "setting", "seed", "status", "error"]
     return Table("Runs that did not finish", "They count in no mean.", headings, rows, left=frozenset(range(7)))
