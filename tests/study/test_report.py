@@ -1,6 +1,7 @@
 """The report: figures of rows that are made up, selection, failures, and one page that needs nothing from outside."""
 
 import csv
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -285,14 +286,37 @@ def test_every_figure_is_in_the_table_of_results(study: Study) -> None:
     [longer] = [
         line
         for line in lines
-        if (line["size"], line["model"], line["setting"], line["seed"]) == ("small", "Delta", "lr 0.01", "1")
+        if (line["size"], line["model"], line["setting"], line["seed"]) == ("small", "Delta", '{"train.lr": 0.01}', "1")
         and (line["condition"], line["changed"]) == ("12 tokens", "")
     ]
     found = [longer[name] for name in ("metric", "value", "parameters", "flops_per_token", "status")]
     assert found == ["accuracy", "0.31", "1500", "10000", "done"]
-    changed = {(line["changed"], line["metric"]) for line in lines if line["changed"]}
-    assert changed == {(f"link_at {at}", name) for at in ("token", "refresh") for name in ("accuracy", "deviation")}
+    changed = {(json.loads(line["changed"])["design.link_at"], line["metric"]) for line in lines if line["changed"]}
+    assert changed == {(at, name) for at in ("token", "refresh") for name in ("accuracy", "deviation")}
     assert [line["value"] for line in lines if line["status"] == "diverged"] == ["", ""]
+
+
+def test_settings_are_told_apart_by_name_and_can_be_read_back(tmp_path: Path) -> None:
+    axes = {f"design.inputs.{gate}.initial": {"low": 0.5, "high": 0.9} for gate in ("rate", "gates.residual")}
+    models = {
+        "Delta": {"name": "rwkv7", "axes": axes},
+        "Transformer": {"name": "deltanet", "axes": {"design.inputs.rate.initial": [0.5]}},
+    }
+    raw = raw_study(tmp_path / "study", models=models, heatmaps=[dict(zip("xy", axes, strict=True))])
+    study = study_from({**raw, "search": {"kind": "random", "trials": 2}}, ["size.parameters=4000"])
+    store = Store(Path(study.out))
+    runs = next(batches(study, store.get))
+    for planned in runs:
+        store.put(made_up(planned, failed=False))
+    results = collect(study, store)
+    assert re.fullmatch(r"rate.initial 0\.\d+, residual.initial 0\.\d+", results.selected["echo", "", "Delta"].label)
+    assert results.selected["echo", "", "Transformer"].label == "rate.initial 0.5"
+    [panel] = heat(results, study.heatmaps[0])
+    assert (panel.x, panel.y) == ("rate.initial", "residual.initial")
+    page, _ = write_study_report(study, "command")
+    with (page.parent / "results.csv").open(newline="") as file:
+        settings = [json.loads(line["setting"]) for line in csv.DictReader(file)]
+    assert all(dict(planned.settings) in settings for planned in runs)
 
 
 def test_shared_processes_are_pointed_out(study: Study) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from miras.report.page import STYLE
 from miras.study import figures, tables
 from miras.study.config import Study
 from miras.study.heat import heat
-from miras.study.plan import shown
 from miras.study.results import Results, collect
 from miras.study.statistics import smallest_p
 from miras.study.store import Store
@@ -45,8 +45,8 @@ class Section:
 def write_study_report(study: Study, command: str) -> tuple[Path, Path]:
     """Write report.html, report.md, results.csv and figures/ in the study's folder, from its store; return the first two.
 
-    `command` makes them again. results.csv has a line for every run, condition, changed setting and metric; figures/ has
-    the page's figures, each as an SVG file.
+    `command` makes them again. results.csv has a line for every run, condition, changed setting and metric, with settings
+    as JSON; figures/ has the page's figures, each as an SVG file.
 
     Raises:
         ValueError: no run has finished.
@@ -96,12 +96,17 @@ def measurements(results: Results) -> Iterator[tuple[Any, ...]]:
     """Every figure of every run, under the headings of `COLUMNS`."""
     for cell in results.cells:
         for seed, row in cell.rows.items():
-            run = (cell.task, cell.size, cell.model, cell.label, seed, row.status, row.commit)
+            run = (cell.task, cell.size, cell.model, _in_full(cell.settings), seed, row.status, row.commit)
             cost = (row.parameters, row.tokens, round(row.flops), round(row.tokens_per_second), row.peak_memory)
             for test in row.tests or [{"condition": "", "settings": {}, "metrics": {"": ""}}]:
                 for metric, value in test["metrics"].items():
                     found = f"{value:.6g}" if metric else ""
-                    yield (*run, *cost, test["condition"], shown(test["settings"].items()), metric, found)
+                    yield (*run, *cost, test["condition"], _in_full(test["settings"]), metric, found)
+
+
+def _in_full(settings: Any) -> str:
+    """Settings to be read back: JSON of keys and values, empty without any."""
+    return json.dumps(dict(settings)) if settings else ""
 
 
 def sections(results: Results) -> list[Section]:
