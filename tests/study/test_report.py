@@ -13,7 +13,7 @@ from miras import cli
 from miras.study.config import Study, restricted, study_from
 from miras.study.figures import heatmap, scaling
 from miras.study.heat import heat
-from miras.study.page import write_study_report
+from miras.study.page import cautions, write_study_report
 from miras.study.plan import Planned
 from miras.study.results import Results, collect
 from miras.study.run import Row
@@ -324,6 +324,13 @@ def test_shared_processes_are_pointed_out(study: Study) -> None:
         study.resources.process_runs = number
         _, markdown = write_study_report(study, "command")
         assert ("Up to 9 runs shared a process" in markdown.read_text()) == (number == 9)
+
+
+def test_the_caution_on_the_t_test_is_for_the_t_test(study: Study, results: Results) -> None:
+    for test in ("t", "permutation"):
+        study.statistics.test = test
+        [few] = [note for note in cautions(results) if note.startswith("3 seeds: bootstrap")]
+        assert ("the t-test takes differences for normal" in few) is (test == "t")
 
 
 def test_unfinished_studies_report_what_there_is(study: Study) -> None:

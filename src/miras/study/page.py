@@ -161,9 +161,10 @@ def cautions(results: Results) -> list[str]:
     if seeds == 1:
         notes.append("One seed: there are no intervals and no tests, and differences may be chance.")
     elif seeds < FEW:
+        normal = "; the t-test takes differences for normal" if study.statistics.test == "t" else ""
         notes.append(
             f"{seeds} seeds: bootstrap intervals of so few values are too narrow, within the range of the values, and a "
-            "difference that is not distinguishable may be real all the same; the t-test takes differences for normal."
+            f"difference that is not distinguishable may be real all the same{normal}."
         )
     if study.search.seeds is not None and study.search.seeds < seeds:
         notes.append(
