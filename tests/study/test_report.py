@@ -17,6 +17,7 @@ from miras.study.page import cautions, write_study_report
 from miras.study.plan import Planned
 from miras.study.results import Results, collect
 from miras.study.run import Row
+from miras.study.runner import run_study
 from miras.study.search import batches
 from miras.study.store import Store
 from miras.study.tables import (
@@ -324,6 +325,14 @@ def test_shared_processes_are_pointed_out(study: Study) -> None:
         study.resources.process_runs = number
         _, markdown = write_study_report(study, "command")
         assert ("Up to 9 runs shared a process" in markdown.read_text()) == (number == 9)
+
+
+def test_runs_in_one_process_without_ray_are_pointed_out(tiny: Study) -> None:
+    for part, shared in ((restricted(replace(tiny, seeds=[0]), models=["Delta"]), False), (tiny, True)):
+        run_study(part, workers=0)
+        assert (
+            "Runs done with --workers 0 shared a process" in " ".join(cautions(collect(part, Store(Path(part.out)))))
+        ) is shared
 
 
 def test_the_caution_on_the_t_test_is_for_the_t_test(study: Study, results: Results) -> None:

@@ -179,6 +179,8 @@ def cautions(results: Results) -> list[str]:
     if study.resources.process_runs > 1:
         shared = study.resources.process_runs
         notes.append(f"Up to {shared} runs shared a process: the peak memory of each includes what earlier ones left.")
+    if Store(Path(study.out)).shared:
+        notes.append("Runs done with --workers 0 shared a process: the peak memory of each includes what earlier ones left.")
     if results.missing:
         notes.append(f"{len(results.missing)} planned runs are not done yet; means are over the others.")
     if results.failures:

@@ -50,6 +50,8 @@ def run_study(study: Study, address: str | None = None, workers: int | None = No
         for batch in batches(study, store.get):
             planned += batch
             missing = {item.run.key: item for item in batch if lookup(item.run.key) is None}
+            if workers == 0 and len(done) + len(missing) > 1:
+                store.share()
             _do(list(missing.values()), len(batch), store, lookup, (submit, collect, room))
             done |= set(missing)
     return planned

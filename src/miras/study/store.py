@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from miras.study.run import Row
 
 FILE = "runs.sqlite"
+SHARED = "one_process"
 TYPES = {"int": "INTEGER", "float": "REAL"}  # of columns; anything else is text
 WAIT = 60.0  # seconds for another process's write
 
@@ -67,6 +68,15 @@ class Store:
         except Timeout:
             return None
         return lock
+
+    @property
+    def shared(self) -> bool:
+        """Whether one process has done several of the runs, without Ray."""
+        return (self.folder / SHARED).exists()
+
+    def share(self) -> None:
+        """Note that one does."""
+        (self.folder / SHARED).touch()
 
     @contextmanager
     def _open(self) -> Generator[sqlite3.Connection]:
