@@ -209,6 +209,18 @@ def test_conditions_and_heat_maps(results: Results) -> None:
     assert heat(results, {"x": "model", "y": "train.lr", "condition": "another task's"}) == []
 
 
+def test_a_first_condition_that_is_not_as_trained_says_what_it_is(tmp_path: Path) -> None:
+    fuzzy = {"kind": "FuzzyInContextRecall", "num_tokens": 24, "key_sizes": [1, 2], "value_size": 2}
+    plays = {"kind": "LanguageModelling", "vocab_size": 512}  # held-out text
+    study = study_from(raw_study(tmp_path / "study", tasks={"fuzzy": fuzzy, "plays": plays}), ["size.parameters=6000"])
+    store = Store(Path(study.out))
+    for planned in next(batches(study, store.get)):
+        row = made_up(planned, failed=False)
+        store.put(replace(row, validation={**row.validation, "loss": 1.0}))
+    found = condition_tables(collect(study, store))
+    assert [table.headings[1] for table in found] == ["with key_sizes [2]", "as trained"]
+
+
 def test_a_heat_map_tells_failed_from_not_run_and_from_not_planned(tmp_path: Path) -> None:
     raw = raw_study(tmp_path / "study", heatmaps=[{"x": "train.lr", "y": "model"}])
     for name, rates in (("Delta", [0.01, 0.02, 0.04]), ("Transformer", [0.01, 0.02])):

@@ -95,7 +95,7 @@ class Study:
     evaluate   design.*: [values] with which a trained model is run again, and by how much its outputs then deviate from
                those at the first values
     baselines  models that every other one is tested against
-    compare    task: [conditions of its tests] under which they are, "" being the task as trained (default: that alone)
+    compare    task: [conditions of its tests] under which they are, "" being the unnamed one (default: the first alone)
     ablations  {of: model, revert: {label: {design: ..., ...}}}: the model with one choice changed at a time
     heatmaps   {x: key, y: key, metric: ..., condition: ..., models: [...]}; `evaluate.` before a key of `evaluate`
     imports    modules to import first: where tasks and choices of your own are defined

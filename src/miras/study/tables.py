@@ -116,7 +116,7 @@ def condition_tables(results: Results) -> list[Table]:
             for cell in cells
         ]
         rows += _reference_rows(results, cells, conditions)
-        headings = ["model", *(condition or "as trained" for condition in conditions)]
+        headings = ["model", *(condition or _unnamed(results, task) for condition in conditions)]
         title = f"{place_name(task, size)}: {metric} by condition"
         found.append(Table(title, "Mean over seeds and its interval.", headings, rows, frozenset(strong)))
     return found
@@ -134,6 +134,16 @@ def _reference_rows(results: Results, cells: Sequence[Cell], conditions: Sequenc
         for metric in measured
         if metric.startswith(prefix)
     ]
+
+
+def _unnamed(results: Results, name: str) -> str:
+    """The unnamed condition for people: as trained, or how it differs from that, as the keys of fuzzy recall do."""
+    task = results.task(name)
+    trained = task.to_dict()
+    fields = task.tests().get("", task).to_dict().items()
+    # Held-out data are as trained; the list of longer forms is none of a form's own.
+    other = [(key, value) for key, value in fields if key not in ("split", "longer") and value != trained.get(key)]
+    return f"with {shown(other)}" if other else "as trained"
 
 
 def changed_tables(results: Results) -> list[Table]:
