@@ -14,6 +14,9 @@ from yaml import YAMLError
 
 Section = TypeVar("Section")
 
+SHAPES = ((dict, "mapping, {name: value, ...}"), ((list, tuple), "list, [value, ...]"))
+"""Kinds of containers, and what they look like in a file."""
+
 
 def read_mapping(path: str | Path, noun: str, section: type, where: str) -> dict[str, Any]:
     """The mapping in a YAML file.
@@ -46,7 +49,7 @@ def sections_from(
     try:
         given = OmegaConf.merge(OmegaConf.create(dict(raw)), chosen)
         plain = cast(dict[str, Any], OmegaConf.to_container(given))
-        _refuse_unknown(plain, section, "", section, noun)
+        _check_keys(plain, section, "", section, noun)
         merged = OmegaConf.merge(OmegaConf.structured(section), given)
         OmegaConf.resolve(merged)
         return cast(Section, OmegaConf.to_object(cast(DictConfig, merged)))
@@ -66,8 +69,8 @@ def read_overrides(items: Iterable[str], noun: str = "recipe") -> dict[str, Any]
         raise ValueError(_explained(error, noun)) from error
 
 
-def _refuse_unknown(node: Mapping[str, Any], section: type, path: str, root: type, noun: str) -> None:
-    """Raise a ValueError that names the first key of `node` which `section` does not have."""
+def _check_keys(node: Mapping[str, Any], section: type, path: str, root: type, noun: str) -> None:
+    """Raise a ValueError that names the first key of `node` which `section` does not have, or has in another shape."""
     known = _names(section)
     for key, value in node.items():
         if key not in known:
@@ -76,7 +79,12 @@ def _refuse_unknown(node: Mapping[str, Any], section: type, path: str, root: typ
         if dataclasses.is_dataclass(default):
             if not isinstance(value, Mapping):
                 raise ValueError(f"{path}{key} is a section with {_listed(_names(type(default)))}; got {value!r}")
-            _refuse_unknown(value, type(default), f"{path}{key}.", root, noun)
+            _check_keys(value, type(default), f"{path}{key}.", root, noun)
+        for shape, example in SHAPES:
+            # A string may refer to another key, as in ${name}: whether it fits is known when that is resolved.
+            fits = isinstance(value, shape) or (isinstance(value, str) and "${" in value)
+            if isinstance(default, shape) and not fits:
+                raise ValueError(f"{noun} key {path}{key} is {value!r}; give a {example}")
 
 
 def _unknown_key(full: str, key: str, known: list[str], section: str, root: type, noun: str) -> str:

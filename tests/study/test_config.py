@@ -23,6 +23,12 @@ ABLATION = [{"of": "Yaad", "revert": {"L2 bias": {"design": {"bias": {"kind": "L
         ({}, ["train.stesp=3"], r"unknown study key train.stesp; did you mean train.steps\?"),
         ({}, ["trian.lr=3"], r"unknown study key trian; did you mean train\?"),
         ({}, ["train.lr=fast"], r"study key train.lr: Value 'fast'"),
+        ({"tasks": ["MQAR"]}, [], r"study key tasks is \['MQAR'\]; give a mapping, \{name: value"),
+        ({"models": None}, [], r"study key models is None; give a mapping"),
+        ({"heatmaps": {"x": "train.lr"}}, [], r"study key heatmaps is \{'x': 'train.lr'\}; give a list, \[value"),
+        ({"compare": [""]}, [], r"study key compare is \[''\]; give a mapping"),
+        ({}, ["seeds=3"], r"study key seeds is 3; give a list"),
+        ({}, ["size.extra=[1]"], r"study key size.extra is \[1\]; give a mapping"),
         ({"models": {}}, [], r"study: models is missing"),
         ({}, ["train.steps=null"], r"study: train.steps is missing"),
         ({}, ["train.num_tests=0"], r"train.num_tests is 0; it must be positive"),
@@ -134,6 +140,11 @@ def test_files_are_read_by_their_names(tmp_path: Path) -> None:
         read_study(tmp_path / "mine.yaml")
     study = read_study(tmp_path / "mine.yaml", ["train.steps=10"])
     assert (study.name, study.out, study.seeds, study.train.steps) == ("mine", "runs/studies/mine", [0, 1, 2], 10)
+
+
+def test_a_list_may_be_that_of_another_key() -> None:
+    study = study_from(raw_study(Path("none"), baselines="${imports}", imports=[]))
+    assert study.baselines == []
 
 
 def test_axes_by_dotted_and_nested_keys() -> None:
