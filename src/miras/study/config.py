@@ -19,6 +19,14 @@ INTERVALS = ("percentile", "BCa")
 TESTS = ("t", "permutation")
 CORRECTIONS = ("holm", "bonferroni", "fdr_bh", "fdr_by")
 
+MODEL_PARTS = ("design", "train", "size", "axes", "evaluate")
+ENTRIES = {
+    "tasks": ("{kind: MQAR, ...}", ("train", "size")),
+    "models": ("{name: yaad, ...}", MODEL_PARTS),
+    "sizes": ("{hidden_size: 64, ...}", ()),
+}
+"""Keys whose entries are mappings: what such an entry looks like, and which of its own entries are mappings again."""
+
 
 @dataclass
 class SizeSection:
@@ -142,6 +150,7 @@ def study_from(raw: Mapping[str, Any], overrides: Iterable[str] = ()) -> Study:
     """A study from nested mappings and `key=value` overrides. Raises ValueError as `read_study` does."""
     study = sections_from(Study, raw, overrides, "study")
     _check(study)
+    _check_entries(study)
     import_all(study.imports)
     return study
 
@@ -247,6 +256,24 @@ def _check(study: Study) -> None:
             f"statistics.confidence is {study.statistics.confidence}; it is between 0.5 and 1, for example 0.95"
         )
     _check_names(study)
+
+
+def _check_entries(study: Study) -> None:
+    """Refuse tasks, models, sizes and ablations that are not mappings, or whose parts are not."""
+    for key, (example, parts) in ENTRIES.items():
+        for name, entry in getattr(study, key).items():
+            _check_mapping(f"{key}.{name}", entry, example, parts)
+    for entry in study.ablations:
+        for label, changes in entry["revert"].items():
+            _check_mapping(f"ablations of {entry['of']}: {label}", changes, "{design: {...}, ...}", MODEL_PARTS)
+
+
+def _check_mapping(where: str, entry: Any, example: str, parts: Sequence[str] = ()) -> None:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"study: {where} is {entry!r}; give a mapping, {example}")
+    for part in parts:
+        if part in entry:
+            _check_mapping(f"{where}.{part}", entry[part], "{key: value, ...}")
 
 
 def _check_names(study: Study) -> None:

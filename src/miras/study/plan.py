@@ -15,7 +15,7 @@ import numpy as np
 
 from miras import models
 from miras.sections import sections_from
-from miras.study.config import SizeSection, Study, TrainSection, ablated, merged
+from miras.study.config import MODEL_PARTS, SizeSection, Study, TrainSection, ablated, merged
 from miras.study.model import fitted, measures
 from miras.tasks import Task
 
@@ -27,7 +27,7 @@ SAME_FOR_ALL = ("train.steps", "train.batch_size", "train.num_tests", "size.para
 """What a comparison needs to be equal: the examples that a run sees, and the parameters."""
 
 HEATMAP_KEYS = ("x", "y", "metric", "condition", "models")
-MODEL_KEYS = ("name", "design", "train", "size", "axes", "evaluate")
+MODEL_KEYS = ("name", *MODEL_PARTS)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def all_models(study: Study) -> dict[str, dict[str, Any]]:
     """The models and those of the ablations, by name. Raises ValueError for entries that are none."""
     found = {**study.models, **ablated(study)}
     for name, entry in found.items():
-        if not isinstance(entry, Mapping) or "name" not in entry:
+        if "name" not in entry:
             raise ValueError(f"study: model {name!r} is {entry!r}; give {{name: a function of miras.models, ...}}")
         for key in entry:
             if key not in MODEL_KEYS:
