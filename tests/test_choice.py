@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from miras import bias, design, features, gatemaps, inputs, learning, memory, models, retention
+from miras import bias, design, features, gatemaps, inputs, learning, memory, models, retention, tasks
 from miras.choice import Choice, require, require_one_of
 from tests.table import FACTORS
 
@@ -109,6 +109,16 @@ def test_frozen_and_comparable(member: Choice) -> None:
         (memory.Memory, {"kind": "Matrix", "size": 2}, "Matrix has no field 'size'; allowed: none"),
         (retention.Retention, {"kind": "Lq", "q": 1.0}, "q=1.0; must be at least 2"),
         (learning.Learning, {"kind": "Omega", "window": 0}, "window=0; must be at least 1"),
+        (memory.Memory, {"kind": "MLP", "depth": "2"}, "MLP: depth='2'; must be a whole number"),
+        (memory.Memory, {"kind": "MLP", "depth": True}, "depth=True; must be a whole number"),
+        (bias.Bias, {"kind": "Huber", "form": 3}, "Huber: form=3; must be text"),
+        (bias.Bias, {"kind": "Lp", "p": None}, "Lp: p=None; must be a number"),
+        (bias.Bias, {"kind": "Envelope", "bias": 3}, "Envelope: bias=3; must be one of the kinds of Bias"),
+        (inputs.Inputs, {"kind": "Inputs", "conv_size": None}, "Inputs: conv_size=None; must be a whole number"),
+        (inputs.Inputs, {"kind": "Inputs", "norm_gain": "1"}, "norm_gain='1'; must be a number or null"),
+        (tasks.Task, {"kind": "MQAR", "longer": 2}, r"MQAR: longer=2; must be a list \[a whole number, ...\]"),
+        (tasks.Task, {"kind": "MQARMixture", "testing": [[64, 4, 1]]}, r"must be a list \[a list \[a whole number, a whole"),
+        (tasks.Task, {"kind": "MajorityRecall", "noise": "20%"}, "MajorityRecall: noise='20%'; must be a number"),
         (bias.Bias, {"kind": "Envelope", "bias": {"family": "biass", "kind": "L2"}}, "unknown family 'biass'"),
         (design.Design, {"kind": "Designs"}, "did you mean 'Design'"),
     ],
@@ -127,6 +137,17 @@ def test_a_class_of_the_users_own_goes_through_json() -> None:
     nested = {"kind": "Quartic", "weight": 1.0, "family": "bias"}
     data = {**models.yaad().to_dict(), "bias": nested}
     assert design.design_from(data) == dataclasses.replace(models.yaad(), bias=Quartic(1.0))
+
+
+def test_annotations_that_only_a_function_knows_are_not_checked() -> None:
+    class Scale(float):
+        """A type of the user's own."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Scaled(bias.Bias):
+        scale: Scale
+
+    assert bias.Bias.from_dict({"kind": "Scaled", "scale": 3}) == Scaled(3)  # type: ignore[arg-type]
 
 
 def test_families_are_not_members() -> None:

@@ -370,6 +370,8 @@ def test_named() -> None:
     plain = models.named("yaad", inputs={"features": {"kind": "Plain"}, "rate": {"kind": "Constant", "value": 0.5}}).inputs
     assert (plain.features, plain.rate) == (Plain(), Constant(0.5))
     assert models.named("ttt_mlp", inputs={"gates": {"token": {"kind": "Constant"}}}).inputs.gates == {"token": Constant()}
+    with pytest.raises(ValueError, match="Design: refresh=None; must be a whole number"):
+        models.named("yaad", refresh=None)
     with pytest.raises(ValueError, match=r"model 'yaad': .*refres.*a design has memory, bias"):
         models.named("yaad", refres=3)
 

@@ -6,9 +6,13 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, ClassVar, Self
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
 _REGISTRY: dict[str, dict[str, type[Choice]]] = {}
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+"""Plain types, as a file's writer knows them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Choice:
         """Rebuild a choice of this family.
 
         Raises:
-            ValueError: unknown kind, unknown field, or values that the choice refuses.
+            ValueError: unknown kind, unknown field, values of another type or that the choice refuses.
         """
         known = _REGISTRY.get(cls.family, {})
         kind = data.get("kind")
@@ -81,11 +85,46 @@ class Choice:
                 f"{kind} needs {', '.join(needed)}; given: {', '.join(sorted(set(data) - {'kind'})) or 'nothing'}"
             )
         values = {name: _decode(value) for name, value in data.items() if name != "kind"}
+        require_types(target, values)
         return target(**values)  # type: ignore[return-value]
 
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+@cache
+def _hints(target: type[Choice]) -> dict[str, Any]:
+    """The types of its fields; none for a class whose annotations name what only the function around it knows."""
+    try:
+        return get_type_hints(target)
+    except NameError:
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type, as far as that is made of plain types, tuples and choices."""
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if isinstance(hint, type):
+        return not issubclass(hint, (bool, str, NoneType, Choice)) or isinstance(value, hint)
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if get_origin(hint) is tuple:
+        wanted = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(wanted) and all(map(_fits, value, wanted))
+    return True
+
+
+def _in_words(hint: Any) -> str:
+    parts = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_in_words, parts))
+    if get_origin(hint) is tuple:
+        each = f"{_in_words(parts[0])}, ..." if parts[-1] is ... else ", ".join(map(_in_words, parts))
+        return f"a list [{each}]"
+    return WORDS.get(hint) or f"one of the kinds of {getattr(hint, '__name__', hint)}"
 
 
 def _encode(value: Any) -> Any:
@@ -132,6 +171,14 @@ def require(condition: bool, message: str) -> None:
     """Raise ValueError with `message` unless `condition` holds."""
     if not condition:
         raise ValueError(message)
+
+
+def require_types(target: type[Choice], values: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of `values` that is not of the type of its field in `target`."""
+    hints = _hints(target)
+    for name, value in values.items():
+        if not _fits(value, hints.get(name)):
+            raise ValueError(f"{target.__name__}: {name}={value!r}; must be {_in_words(hints[name])}")
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

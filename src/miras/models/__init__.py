@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from miras.bias import Bias
-from miras.choice import Choice
-from miras.design import LayerDesign, Pattern
+from miras.choice import Choice, require_types
+from miras.design import Design, LayerDesign, Pattern
 from miras.inputs import Features, GateMap, Inputs, Output
 from miras.learning import Learning
 from miras.memory import Memory
@@ -106,7 +106,7 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
     given keep the model's own, and so do those of a choice without `kind`: `named("moneta", bias={"p": 2.0})`.
 
     Raises:
-        ValueError: unknown name, kind or field.
+        ValueError: unknown name, kind or field, values of another type.
     """
     if name not in NAMED:
         near = difflib.get_close_matches(name, NAMED, n=1)
@@ -123,6 +123,7 @@ def named(name: str, **overrides: Any) -> LayerDesign | Pattern:
             gates = _chosen(gates, dict.fromkeys(gates, GateMap), lambda: SimpleNamespace(**own.gates))
             chosen = {**_chosen(inputs, INPUTS, lambda: own), "gates": gates}
             overrides["inputs"] = Inputs.from_dict({**own.to_dict(), **chosen})
+        require_types(Design, overrides)
         return NAMED[name](**overrides)
     except TypeError as error:
         raise ValueError(
