@@ -1,6 +1,7 @@
 """Models from recipes: parameter counts that match, and optimiser groups."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,19 @@ def test_design_overrides_and_extra_reach_the_model() -> None:
     assert model.config.design["refresh"] == 8
     assert not model.config.tie_word_embeddings
     assert (model.config.bos_token_id, model.config.eos_token_id) == (7, 7)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"tie_word_embedings": False}, r"'tie_word_embedings'; allowed: head_dim, .*did you mean 'tie_word_embeddings'\?"),
+        ({"foo": 3}, r"extra has the key 'foo'; allowed: head_dim, .*pad_token_id$"),
+        ({"hidden_size": 8}, r"'hidden_size'; allowed: .*says that elsewhere"),
+    ],
+)
+def test_extra_holds_what_the_model_knows(extra: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_model(replace(SECTION, extra=extra), vocab_size=300)
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

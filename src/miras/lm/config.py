@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -16,6 +17,9 @@ MLP_MULTIPLE = 32
 
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_heads", "head_dim", "intermediate_size")
+
+PLACED = ("design", *(name for name in SIZES if name != "head_dim"), "bos_token_id", "eos_token_id")
+"""Arguments that recipes and studies set without `extra`."""
 
 
 class MirasConfig(PretrainedConfig):
@@ -133,3 +137,18 @@ def _refuse_misspelt(given: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0.7)
         if near and name not in MirasConfig.attribute_map:
             raise TypeError(f"MirasConfig has no argument {name!r}; did you mean {near[0]!r}?")
+
+
+def further_arguments(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The `extra` of a recipe or study. Raises ValueError for what is no argument of MirasConfig or has its place elsewhere.
+
+    What PretrainedConfig takes beside these would be stored, and nothing in the model would depend on it.
+    """
+    known = [name for name in inspect.signature(MirasConfig.__init__).parameters if name not in ("self", "kwargs", *PLACED)]
+    for name in extra:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = "; the file, its task or its tokenizer says that elsewhere" if name in PLACED else hint
+            raise ValueError(f"extra has the key {name!r}; allowed: {', '.join(known)}{hint}")
+    return dict(extra)

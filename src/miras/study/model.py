@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from miras.lm import MirasConfig, MirasForCausalLM, MirasModel
+from miras.lm.config import further_arguments
 from miras.tasks import Continuous, Discrete, Task
 from miras.train.config import ModelSection
 from miras.train.model import parameter_count, width_for
@@ -49,10 +50,11 @@ def build(task: Task, design: Mapping[str, Any], size: Mapping[str, Any]) -> nn.
     """The model, freshly initialised from torch's random state; `size` holds `intermediate_size` in place of `parameters`.
 
     Raises:
-        ValueError: a design or sizes that are not legal.
+        ValueError: a design or sizes that are not legal, an unknown key in `extra`.
         TypeError: a task that is neither Discrete nor Continuous.
     """
-    fields = {key: value for key, value in size.items() if key not in ("parameters", "extra")} | size.get("extra", {})
+    fields = {key: value for key, value in size.items() if key not in ("parameters", "extra")}
+    fields |= further_arguments(size.get("extra", {}))
     if isinstance(task, Discrete):
         return TokenModel(MirasConfig(design=design, vocab_size=task.vocab_size, **fields))
     if isinstance(task, Continuous):

@@ -17,7 +17,7 @@ def build_model(section: ModelSection, vocab_size: int, separator: int | None = 
     """The language model of a recipe, freshly initialised from torch's random state.
 
     Raises:
-        ValueError: no such model, illegal overrides, or a `match_parameters` that no width can reach.
+        ValueError: no such model, illegal overrides or keys of `extra`, or a `match_parameters` that no width can reach.
     """
     if section.match_parameters is not None:
         section = replace(section, intermediate_size=matching_width(section, vocab_size), match_parameters=None)
@@ -100,6 +100,7 @@ def has_weight_decay(name: str, parameter: nn.Parameter) -> bool:
 def _language_model(section: ModelSection, vocab_size: int, separator: int | None) -> PreTrainedModel:
     from miras import models
     from miras.lm import MirasConfig, MirasForCausalLM
+    from miras.lm.config import further_arguments
 
     config = MirasConfig(
         design=models.named(section.name, **section.design),
@@ -110,6 +111,6 @@ def _language_model(section: ModelSection, vocab_size: int, separator: int | Non
         intermediate_size=section.intermediate_size,
         bos_token_id=separator,
         eos_token_id=separator,
-        **section.extra,
+        **further_arguments(section.extra),
     )
     return MirasForCausalLM(config)
