@@ -67,7 +67,7 @@ def evaluate(
     tasks: Annotated[str | None, typer.Option(help="Tasks of lm-evaluation-harness, by commas, in its place.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many documents of each task.", min=1)] = None,
     include_path: Annotated[Path | None, typer.Option(help="A folder with tasks of your own, as YAML files.")] = None,
-    ruler_length: Annotated[str, typer.Option(help="Tokens of RULER's samples; several lengths by commas.")] = "4096",
+    ruler_length: Annotated[str | None, typer.Option(help="Tokens of RULER's samples, by commas (default: 4096).")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the bigbench tasks first (358 MB).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -75,14 +75,12 @@ def evaluate(
     from miras.evals.checkpoint import evaluate_checkpoint, evaluate_text
 
     _set_up()
+    own = {"--limit": limit, "--include-path": include_path, "--ruler-length": ruler_length, "--download": download or None}
+    _check_options(tasks, data, stream, [name for name, value in own.items() if value is not None])
     if tasks is not None:
-        if stream is not None or data is not None:
-            raise ValueError("give --tasks without --data and --stream: tasks bring their own text")
         settings = {"limit": limit, "block_size": block_size}
-        _evaluate_tasks(checkpoint, tasks, settings, batch_size, include_path, ruler_length, download, as_json)
+        _evaluate_tasks(checkpoint, tasks, settings, batch_size, include_path, _lengths(ruler_length), download, as_json)
         return
-    if stream is not None and data is not None:
-        raise ValueError("give --data or --stream, not both: a stream is one text file, scored as one document")
     model, tokenizer = _load(checkpoint)
     if stream is not None:
         data = str(stream)
@@ -307,13 +305,30 @@ def _load(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(checkpoint)
 
 
+def _check_options(tasks: str | None, data: str | None, stream: Path | None, of_tasks: list[str]) -> None:
+    """Refuse options of `eval` that nothing would read; `of_tasks` are those given that belong to --tasks."""
+    if tasks is not None and (stream is not None or data is not None):
+        raise ValueError("give --tasks without --data and --stream: tasks bring their own text")
+    if tasks is None and of_tasks:
+        raise ValueError(f"{', '.join(of_tasks)}: only tasks read this; name them with --tasks, or leave it out")
+    if stream is not None and data is not None:
+        raise ValueError("give --data or --stream, not both: a stream is one text file, scored as one document")
+
+
+def _lengths(given: str | None) -> list[int]:
+    lengths = ["4096"] if given is None else given.split(",")
+    if not all(length.strip().isdigit() for length in lengths):
+        raise ValueError(f"--ruler-length {given} must be whole numbers of tokens, by commas, for example 4096,8192")
+    return [int(length) for length in lengths]
+
+
 def _evaluate_tasks(
     checkpoint: Path,
     tasks: str,
     settings: dict[str, int | None],
     batch_size: int,
     include: Path | None,
-    ruler_length: str,
+    ruler_lengths: list[int],
     download: bool,
     as_json: bool,
 ) -> None:
@@ -323,20 +338,15 @@ def _evaluate_tasks(
 
     from miras.evals import bigbench, harness
 
+    if include is not None and not include.is_dir():
+        raise FileNotFoundError(f"--include-path {include}: no such folder; give the one with your tasks' YAML files")
     model, tokenizer = _load(checkpoint)
     if download:
         logging.getLogger("miras").info(f"fetching bigbench {bigbench.VERSION}: {bigbench.MEGABYTES} MB from PyPI")
         bigbench.fetch()
     names = [name.strip() for name in tasks.split(",")]
-    lengths = ruler_length.split(",")
-    if not all(length.strip().isdigit() for length in lengths):
-        raise ValueError(f"--ruler-length {ruler_length} must be whole numbers of tokens, by commas, for example 4096,8192")
-    options: dict[str, Any] = {
-        **settings,
-        "batch_size": batch_size,
-        "include": include,
-        "ruler_lengths": [int(length) for length in lengths],
-    }
+    own = {"batch_size": batch_size, "include": include, "ruler_lengths": ruler_lengths}
+    options: dict[str, Any] = {**settings, **own}
     rows = harness.run_tasks(model, tokenizer, names, **options)
     file = harness.save(rows, checkpoint, settings)
     if as_json:
