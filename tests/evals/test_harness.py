@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 import torch
 from lm_eval.tasks.ruler import vt_utils
 from transformers import PreTrainedTokenizerBase
@@ -179,15 +180,28 @@ def test_missing_data_and_tasks_are_named(tokenizer: PreTrainedTokenizerBase, tm
     (folder / "elsewhere.yaml").write_text(json.dumps(hub))
     with pytest.raises(FileNotFoundError, match=r"the data of task elsewhere is not on this machine.*HF_HOME"):
         run_tasks(model, tokenizer, ["questions", "elsewhere"], include=folder)
+    (folder / "fetched.py").write_text(
+        "import requests\ndef load(**_):\n    raise requests.ConnectionError('no such host')\n"
+    )
+    (folder / "fetched.yaml").write_text("{task: fetched, custom_dataset: !function fetched.load, test_split: test}")
+    with pytest.raises(FileNotFoundError, match=r"task fetched .*\(no such host\).*in every run and keeps none") as refused:
+        run_tasks(model, tokenizer, ["fetched"], include=folder)
+    assert "HF_HOME" not in str(refused.value)
     with pytest.raises(FileNotFoundError, match=r"bigbench_social_iqa.*are not on this machine.*--download.*358 MB"):
         run_tasks(model, tokenizer, ["bigbench_social_iqa"])
 
 
 @pytest.mark.slow
 def test_the_harness_own_tasks_without_a_network(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, no_network: None
+    tokenizer: PreTrainedTokenizerBase, no_network: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def get(*args: Any, **kwargs: Any) -> Any:
+        raise requests.ConnectionError("no such host")
+
+    monkeypatch.setattr("requests.get", get)
     model = make("yaad", tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"task ruler_qa_squad could not be fetched \(no such host\)"):
+        run_tasks(model, tokenizer, ["ruler_qa_squad"])
     with pytest.raises(FileNotFoundError, match="the data of task piqa is not on this machine"):
         run_tasks(model, tokenizer, ["piqa"])
     with pytest.raises(ValueError, match=r"no task 'hellaswagg'; did you mean .*hellaswag"):

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from requests import RequestException
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from miras.evals import bigbench
@@ -181,6 +182,11 @@ def _load(manager: TaskManager, name: str) -> Any:
     random.seed(0)
     try:
         loaded: Any = manager.load([name])
+    except RequestException as error:  # Of the hub's data it is never this one.
+        raise FileNotFoundError(
+            f"the data of task {name} could not be fetched ({error}). The harness fetches it in every run and keeps none of "
+            "it: run this where that host can be reached, or without the task (RULER's are ruler_qa_squad, ruler_qa_hotpot)"
+        ) from error
     except OSError as error:
         raise not_fetched(f"the data of task {name}", error) from error
     for task in loaded["tasks"].values():
