@@ -167,6 +167,13 @@ def test_rows_are_stretches_of_the_genome(genome, tmp_path):
     assert "".join("ACGT"[base] for base in replace(task, split="validation").ids) == letters[3600:3800]
 
 
+def test_bases_that_are_not_known_are_left_out(genome, tmp_path):
+    file, letters = genome
+    gaps = tmp_path / "gaps.fna"
+    gaps.write_text(">one\n" + letters[:1000] + "N" * 500 + "\n" + letters[1000:2000] + "r" + letters[2000:] + "\n")
+    assert np.array_equal(dna.read_genome(str(gaps)), dna.read_genome(str(file)))
+
+
 def test_bits_a_base(genome):
     task = DNA(num_tokens=20, path=str(genome[0]))
     found = task.measure(torch.zeros(3, 20, 4), task.sample(3, np.random.default_rng(0)).targets)
@@ -179,9 +186,11 @@ def test_genomes_that_are_missing_or_spoilt_say_so(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"run `python -m miras.tasks` once .*or give DNA\(path=...\) a FASTA file"):
         DNA().sample(1, np.random.default_rng(0))
     spoilt = tmp_path / "spoilt.fna"
-    spoilt.write_text(">x\nACGTN\n")
-    with pytest.raises(ValueError, match="must be FASTA of the letters A, C, G and T only"):
-        DNA(path=str(spoilt)).sample(1, np.random.default_rng(0))
+    for text, message in (("ACGQT", "has the letter 'Q'; give FASTA of the letters A, C, G"), ("NN", "has no base; give")):
+        spoilt.write_text(f">x\n{text}\n")
+        dna.read_genome.cache_clear()
+        with pytest.raises(ValueError, match=message):
+            DNA(path=str(spoilt)).sample(1, np.random.default_rng(0))
     dna.genome_file().parent.mkdir()
     dna.genome_file().write_text(">x\nACGT\n")
     with pytest.raises(ValueError, match="is not E"):

@@ -22,6 +22,8 @@ GENOME_FILE = "NC_008253.fna.gz"
 GENOME_SHA256 = "cdd0874c881adf3e1819d22b7e49cffa3c761b0793a1b1f10b1c074eeadb4789"
 """Of the FASTA text."""
 BASES = b"ACGT"
+UNCERTAIN = b"NRYSWKMBDHV"
+"""IUPAC's letters for a base that is not known, or not for certain."""
 SPLITS = {"train": (0.0, 0.9), "validation": (0.9, 0.95), "test": (0.95, 1.0)}
 """Stretches of the genome."""
 
@@ -31,8 +33,9 @@ class DNA(NextToken):
     """The next base (A, C, G, T are 0 to 3) of windows of a genome.
 
     `path` is a FASTA file, plain or gzipped; without it, E. coli 536 (NC_008253, 4,938,920 bases), which
-    `python -m miras.tasks` fetches. `split` is train (the first 90 % of it), validation or test (5 % each; the tests).
-    Chance is ln 4 = 1.386 nats, 2 bits a base.
+    `python -m miras.tasks` fetches. Records follow one another; bases that are not known for certain (N and IUPAC's other
+    letters) are left out, and their neighbours follow one another too. `split` is train (the first 90 % of the bases),
+    validation or test (5 % each; the tests). Chance is ln 4 = 1.386 nats, 2 bits a base.
 
     Source: the DNA modelling of HyenaDNA (arXiv 2306.15794), which trains on the human genome, here on a bacterium's.
     """
@@ -59,11 +62,11 @@ def genome_file() -> Path:
 
 @lru_cache(maxsize=2)
 def read_genome(path: str | None) -> np.ndarray:
-    """The bases of a FASTA file, records one after the other, as 0 to 3.
+    """The bases of a FASTA file, records one after the other, without the `UNCERTAIN` ones, as 0 to 3.
 
     Raises:
         FileNotFoundError: there is no such file; the message says how to get the default one.
-        ValueError: letters other than A, C, G, T, or a default genome that is not the known one.
+        ValueError: letters that stand for no base, no letters that do, or a default genome that is not the known one.
     """
     file = genome_file() if path is None else Path(path).expanduser()
     if not file.is_file():
@@ -78,11 +81,14 @@ def read_genome(path: str | None) -> np.ndarray:
     letters = np.frombuffer(
         b"".join(line for line in text.splitlines() if not line.startswith(b">")).upper(), dtype=np.uint8
     )
-    code = np.full(256, 4, dtype=np.uint8)
-    code[np.frombuffer(BASES, dtype=np.uint8)] = range(4)
+    code = np.full(256, 5, dtype=np.uint8)
+    code[list(BASES)], code[list(UNCERTAIN)] = range(4), 4
     ids = code[letters]
-    require(len(ids) > 0 and ids.max() < 4, f"{file} must be FASTA of the letters A, C, G and T only")
-    return ids
+    allowed = f"give FASTA of the letters A, C, G and T; {UNCERTAIN.decode()} may be among them and are left out"
+    other = letters[ids == 5][:1].tobytes().decode("latin-1")
+    require(not other, f"{file} has the letter {other!r}; {allowed}")
+    require(bool((ids < 4).any()), f"{file} has no base; {allowed}")
+    return ids[ids < 4]
 
 
 def fetch() -> Path:
