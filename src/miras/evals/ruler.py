@@ -85,7 +85,7 @@ def _common_words(length: int, count: Count) -> int:
 
 def _coded_words(_: int, count: Count) -> int:
     """The fewest words among which the three most frequent occur at all, by Zipf's law with exponent 2."""
-    return count(fwe_utils.TEMPLATE.format(context="... " * 17 + "abcdef " * 7, query="")) + 50
+    return count(str(fwe_utils.TEMPLATE).format(context="... " * 17 + "abcdef " * 7, query="")) + 50
 
 
 SHORTEST: dict[str, Callable[[int, Count], int]] = {
