@@ -22,7 +22,7 @@ from miras.study import run as running
 from miras.study import runner
 from miras.study.config import ResourcesSection, Study, study_from
 from miras.study.flops import UNCOUNTED, count_flops
-from miras.study.model import build
+from miras.study.model import build, measures
 from miras.study.plan import Run
 from miras.study.run import TEST, Row, execute, measure, split
 from miras.study.runner import run_study
@@ -235,6 +235,12 @@ def test_the_perplexity_is_that_of_the_mean_loss() -> None:
     inputs = torch.zeros(4, 16, dtype=torch.long)
     [found] = measure([nn.Embedding(4, 4)], task, [Batch(inputs[:1], inputs[:1]), Batch(inputs[1:], inputs[1:])])
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+
+
+def test_what_a_task_measures_is_known_before_a_run(tmp_path: Path) -> None:
+    genome = tmp_path / "genome.fna"
+    genome.write_text(">x\n" + "ACGT" * 100 + "\n")
+    assert measures(DNA(path=str(genome))) == ["accuracy", "loss", "bits a base", "perplexity"]
 
 
 def test_a_trained_model_is_run_with_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

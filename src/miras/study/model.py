@@ -66,7 +66,10 @@ def measures(task: Task) -> list[str]:
     """The metrics of a task, from one example and answers that are all zero."""
     targets = task.sample(1, np.random.default_rng(0)).targets
     width = task.vocab_size if isinstance(task, Discrete) else task.out_width if isinstance(task, Continuous) else 1
-    return list(task.measure(torch.zeros(*targets.shape[:2], width), targets))
+    means = {
+        name: total / count for name, (total, count) in task.measure(torch.zeros(*targets.shape[:2], width), targets).items()
+    }
+    return [*means, *task.derived(means)]
 
 
 def fitted(task: Task, design: Mapping[str, Any], size: Mapping[str, Any], label: str) -> dict[str, Any]:
