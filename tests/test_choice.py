@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from miras import bias, design, features, gatemaps, inputs, learning, memory, models, retention, tasks
@@ -119,6 +121,7 @@ def test_frozen_and_comparable(member: Choice) -> None:
         (tasks.Task, {"kind": "MQAR", "longer": 2}, r"MQAR: longer=2; must be a list \[a whole number, ...\]"),
         (tasks.Task, {"kind": "MQARMixture", "testing": [[64, 4, 1]]}, r"must be a list \[a list \[a whole number, a whole"),
         (tasks.Task, {"kind": "MajorityRecall", "noise": "20%"}, "MajorityRecall: noise='20%'; must be a number"),
+        (bias.Bias, {"kind": "Envelope", "bias": {"kind": "L2"}}, r"one of the kinds of Bias; .* needs its family too"),
         (bias.Bias, {"kind": "Envelope", "bias": {"family": "biass", "kind": "L2"}}, "unknown family 'biass'"),
         (design.Design, {"kind": "Designs"}, "did you mean 'Design'"),
     ],
@@ -137,6 +140,24 @@ def test_a_class_of_the_users_own_goes_through_json() -> None:
     nested = {"kind": "Quartic", "weight": 1.0, "family": "bias"}
     data = {**models.yaad().to_dict(), "bias": nested}
     assert design.design_from(data) == dataclasses.replace(models.yaad(), bias=Quartic(1.0))
+
+
+class Way(enum.StrEnum):
+    """A field's type that is neither plain nor a choice."""
+
+    UP = "up"
+
+
+def test_other_numbers_and_texts_are_taken() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Taken(bias.Bias):
+        way: Way
+        pair: tuple
+        number: int
+        share: float
+
+    given = {"way": "up", "pair": [1, "a"], "number": np.int64(3), "share": np.float32(0.25)}
+    assert bias.Bias.from_dict({"kind": "Taken", **given}) == Taken(Way.UP, (1, "a"), 3, 0.25)
 
 
 def test_annotations_that_only_a_function_knows_are_not_checked() -> None:

@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
+from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Self, Union, get_args, get_origin, get_type_hints
 
@@ -95,23 +96,24 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 
 @cache
 def _hints(target: type[Choice]) -> dict[str, Any]:
-    """The types of its fields; none for a class whose annotations name what only the function around it knows."""
+    """The types of its fields; none for a class whose annotations cannot be read, as those that name a function's own."""
     try:
         return get_type_hints(target)
-    except NameError:
+    except (NameError, AttributeError, TypeError):
         return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type, as far as that is made of plain types, tuples and choices."""
     if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return isinstance(value, Integral if hint is int else Real) and not isinstance(value, bool)
     if isinstance(hint, type):
-        return not issubclass(hint, (bool, str, NoneType, Choice)) or isinstance(value, hint)
+        plain = hint in (bool, str, NoneType) or issubclass(hint, Choice)
+        return not plain or isinstance(value, hint)
     parts = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
-    if get_origin(hint) is tuple:
+    if get_origin(hint) is tuple and parts:
         wanted = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
         return isinstance(value, tuple) and len(value) == len(wanted) and all(map(_fits, value, wanted))
     return True
@@ -178,7 +180,10 @@ def require_types(target: type[Choice], values: Mapping[str, Any]) -> None:
     hints = _hints(target)
     for name, value in values.items():
         if not _fits(value, hints.get(name)):
-            raise ValueError(f"{target.__name__}: {name}={value!r}; must be {_in_words(hints[name])}")
+            hint = (
+                "; inside another choice it needs its family too" if isinstance(value, Mapping) and "kind" in value else ""
+            )
+            raise ValueError(f"{target.__name__}: {name}={value!r}; must be {_in_words(hints[name])}{hint}")
 
 
 def require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

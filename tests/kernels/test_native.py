@@ -275,7 +275,7 @@ def test_the_compiler_is_the_one_that_is_asked_for(tmp_path: Path, monkeypatch: 
     for asked, found in (
         ("cache clang++ -g", (str(tmp_path / "cache"), "clang++", "-g")),
         ("nowhere", ()),
-        ("", (str(tmp_path / "g++"),)),
+        (" ", (str(tmp_path / "g++"),)),
     ):
         monkeypatch.setenv("CXX", asked)
         native.compiler.cache_clear()
@@ -295,10 +295,16 @@ def test_where_it_would_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("built_anew")
-@pytest.mark.usefixtures("built_anew")
-@pytest.mark.parametrize("learned", [learning.GradientDescent(), learning.Momentum()], ids=str)
-def test_large_states_are_not_all_kept(learned: learning.Learning, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of seven windows every third, and the others are made again."""
+@pytest.mark.parametrize(
+    ("learned", "length", "blocks", "kept_of"),
+    [(learning.GradientDescent(), 8, 7, {3, 1}), (learning.Momentum(), 4, 14, {4, 2})],
+    ids=["every third", "every fourth, two a window"],
+)
+def test_large_states_are_not_all_kept(
+    learned: learning.Learning, length: int, blocks: int, kept_of: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the blocks of seven windows some, and the others are made again from one to the next."""
+    monkeypatch.setattr(native, "MAX_BLOCK", length)
     problem = random_problem(
         replace(PLAIN, refresh=8, learning=learned), tokens=56, width=8, heads=2, slow=True, dtype=torch.float64
     )
@@ -311,7 +317,7 @@ def test_large_states_are_not_all_kept(learned: learning.Learning, monkeypatch: 
         return found
 
     monkeypatch.setattr(scan.Scan, "forward", watched)
-    for large, counts in ((2**20, {7}), (1, {3, 1})):
+    for large, counts in ((2**20, {blocks}), (1, kept_of)):
         monkeypatch.setattr(native, "LARGE", large)
         kept.clear()
         native.forget()
@@ -319,6 +325,7 @@ def test_large_states_are_not_all_kept(learned: learning.Learning, monkeypatch: 
         assert set(kept) == counts
 
 
+@pytest.mark.usefixtures("built_anew")
 def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIRAS_CACHE_DIR", str(tmp_path))
     problem = random_problem(PLAIN, tokens=32)

@@ -105,6 +105,10 @@ def test_studies_that_are_refused(changes: dict[str, Any], overrides: list[str],
             {"tasks": {"needle": {"kind": "PassKeyNeedle", "num_tokens": 20, "vocab_size": 512}}},
             r"study: task needle: num_tokens=20 is too short",
         ),
+        (
+            {"tasks": {"weather": {"kind": "Weather", "num_hours": 1100, "longer": []}}},
+            r"study: task weather: num_hours \+ horizon is 1124, but the validation split has 1080 hours",
+        ),
         ({"heatmaps": [{"x": "train.lr", "y": "model"}]}, r"heat map over 'train.lr', which does not vary; allowed: model"),
     ],
 )
@@ -137,6 +141,12 @@ def test_ablations_that_change_nothing_are_refused(changes: dict[str, Any], mode
         ValueError, match="ablation 'same' of Yaad changes nothing, Yaad is so already; revert another choice"
     ):
         check_ablations(study)
+
+
+def test_an_ablation_may_change_one_task_alone() -> None:
+    tasks = {"slow": {"kind": "TinyEcho", "train": {"lr": 1e-3}}, "fast": {"kind": "TinyEcho"}}
+    raw = raw_study(Path("none"), tasks=tasks, ablations=[{"of": "Delta", "revert": {"slower": {"train": {"lr": 1e-3}}}}])
+    check_ablations(study_from(raw))
 
 
 def test_files_are_read_by_their_names(tmp_path: Path) -> None:

@@ -248,6 +248,12 @@ def test_references_stand_below_the_models(results: Results) -> None:
     small = next(table for table in condition_tables(results) if "small" in table.title)
     assert small.rows[-1] == ["(saying 3)", "0.250 [0.250, 0.250]", "0.125 [0.125, 0.125]"]
     assert len([row for row in small.rows if row[0].startswith("(")]) == 1
+    for cell in results.cells:
+        for row in cell.done:
+            row.tests[:] = [test for test in row.tests if not test["condition"]]
+            if cell.model == "Delta":  # As a run that is older than the task's references.
+                del row.tests[0]["metrics"]["accuracy of saying 3"]
+    assert [table.rows[-1] for table in condition_tables(results)] == [["(saying 3)", "0.250 [0.250, 0.250]"]] * 2
 
 
 def test_the_page_says_everything_and_needs_nothing_from_outside(study: Study) -> None:

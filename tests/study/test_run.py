@@ -235,6 +235,7 @@ def test_the_perplexity_is_that_of_the_mean_loss() -> None:
     inputs = torch.zeros(4, 16, dtype=torch.long)
     [found] = measure([nn.Embedding(4, 4)], task, [Batch(inputs[:1], inputs[:1]), Batch(inputs[1:], inputs[1:])])
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert math.isfinite(task.derived({"loss": 1e4})["perplexity"])
 
 
 def test_what_a_task_measures_is_known_before_a_run(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from requests import RequestException
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from miras.evals import bigbench
@@ -31,6 +31,7 @@ try:
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
+    from requests import RequestException
 except ImportError as error:
     raise ImportError("tasks come from the package lm-eval: pip install torch-miras[harness]") from error
 
@@ -180,9 +181,10 @@ def _manager(tasks: Sequence[str], include: Path | None, metadata: dict[str, Any
 def _load(manager: TaskManager, name: str) -> Any:
     """The task or group with its data. The order of seeds is the harness' own."""
     random.seed(0)
+    np.random.seed(0)
     try:
         loaded: Any = manager.load([name])
-    except RequestException as error:  # Of the hub's data it is never this one.
+    except RequestException as error:  # Of what `datasets` loads from the hub it is never this one.
         raise FileNotFoundError(
             f"the data of task {name} could not be fetched ({error}). The harness fetches it in every run and keeps none of "
             "it: run this where that host can be reached, or without the task (RULER's are ruler_qa_squad, ruler_qa_hotpot)"

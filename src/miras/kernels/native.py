@@ -77,9 +77,8 @@ def unfit(design: Design) -> str | None:
 @functools.cache
 def compiler() -> tuple[str, ...]:
     """The command of the C++ compiler: $CXX, which may have several words, or g++ or clang++; empty where there is none."""
-    asked = os.environ.get("CXX")
-    for name in [asked] if asked else ["g++", "clang++"]:
-        program, *rest = shlex.split(name)
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for program, *rest in [asked] if asked else [["g++"], ["clang++"]]:
         if path := shutil.which(program):
             return path, *rest
     return ()
@@ -90,7 +89,7 @@ def unusable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"its programs are for CPUs, not for {device.type}"
     if not compiler():
-        return f"no C++ compiler ({os.environ.get('CXX') or 'g++ or clang++, or the one in $CXX'})"
+        return f"no C++ compiler ({os.environ.get('CXX', '').strip() or 'g++ or clang++, or the one in $CXX'})"
     return None
 
 

@@ -10,14 +10,14 @@ from miras.study.plan import Group, groups, plan
 
 
 def check_ablations(study: Study) -> None:
-    """Refuse ablations that change nothing: each would be a test of a model against itself. Raises ValueError."""
-    if not study.ablations:
-        return
-    first = {group.model: group for group in reversed(groups(study))}
+    """Refuse ablations that change nothing on any task and size: tests of a model against itself. Raises ValueError."""
+    places = {(group.task, group.size, group.model): group for group in groups(study)} if study.ablations else {}
     for entry in study.ablations:
         of = entry["of"]
         for label in entry["revert"]:
-            if _trained(study, first[of]) == _trained(study, first[f"{of}: {label}"]):
+            name = f"{of}: {label}"
+            pairs = [(places[task, size, of], group) for (task, size, model), group in places.items() if model == name]
+            if all(_trained(study, one) == _trained(study, other) for one, other in pairs):
                 raise ValueError(
                     f"study: ablation {label!r} of {of} changes nothing, {of} is so already; revert another choice, "
                     "or leave this one out"

@@ -66,9 +66,8 @@ def measures(task: Task) -> list[str]:
     """The metrics of a task, from one example and answers that are all zero."""
     targets = task.sample(1, np.random.default_rng(0)).targets
     width = task.vocab_size if isinstance(task, Discrete) else task.out_width if isinstance(task, Continuous) else 1
-    means = {
-        name: total / count for name, (total, count) in task.measure(torch.zeros(*targets.shape[:2], width), targets).items()
-    }
+    sums = task.measure(torch.zeros(*targets.shape[:2], width), targets)
+    means = {name: total / max(count, 1) for name, (total, count) in sums.items()}
     return [*means, *task.derived(means)]
 
 

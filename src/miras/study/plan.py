@@ -165,7 +165,7 @@ def check_tasks(study: Study) -> None:
         try:
             task = _task(entry)
             conditions = task.tests()
-            for each in (task, *conditions.values()):
+            for each in (task, task.validation(), *conditions.values()):
                 each.sample(1, np.random.default_rng(0))
         except (TypeError, ValueError) as error:
             raise ValueError(f"study: task {name}: {error}") from error

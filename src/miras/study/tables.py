@@ -100,12 +100,13 @@ def ablation_table(results: Results) -> Table | None:
 
 
 def condition_tables(results: Results) -> list[Table]:
-    """For each task with several conditions, and size: models by conditions."""
+    """For each task with several conditions or with references, and size: models by conditions."""
     found: list[Table] = []
     for task, size in dict.fromkeys((cell.task, cell.size) for cell in results.selected.values()):
         cells = [cell for cell in results.selected.values() if (cell.task, cell.size) == (task, size)]
         conditions = list(dict.fromkeys(name for cell in cells for name in cell.conditions))
-        if len(conditions) < 2:
+        references = _reference_rows(results, cells, conditions)
+        if len(conditions) < 2 and not references:
             continue
         metric, strong = results.task(task).metric, set[tuple[int, int]]()
         for column, condition in enumerate(conditions):
@@ -115,7 +116,7 @@ def condition_tables(results: Results) -> list[Table]:
             [cell.model, *(_estimate(results.estimate(cell.values(metric, condition))) for condition in conditions)]
             for cell in cells
         ]
-        rows += _reference_rows(results, cells, conditions)
+        rows += references
         headings = ["model", *(condition or _unnamed(results, task) for condition in conditions)]
         title = f"{place_name(task, size)}: {metric} by condition"
         found.append(Table(title, "Mean over seeds and its interval.", headings, rows, frozenset(strong)))
@@ -123,16 +124,17 @@ def condition_tables(results: Results) -> list[Table]:
 
 
 def _reference_rows(results: Results, cells: Sequence[Cell], conditions: Sequence[str]) -> list[list[str]]:
-    """The task's references, on the tests of the model with the most seeds."""
-    cell, prefix = max(cells, key=lambda cell: len(cell.done)), reference_metric(results.task(cells[0].task), "")
-    measured = dict.fromkeys(metric for row in cell.done for test in row.tests for metric in test["metrics"])
+    """The task's references, each on the tests of the model that has it for the most seeds."""
+    prefix = reference_metric(results.task(cells[0].task), "")
+    tests = [test for cell in cells for row in cell.done for test in row.tests]
+    measured = dict.fromkeys(metric for test in tests for metric in test["metrics"] if metric.startswith(prefix))
+
+    def most(metric: str, condition: str) -> dict[int, float]:
+        return max((cell.values(metric, condition) for cell in cells), key=len)
+
     return [
-        [
-            f"({metric.removeprefix(prefix)})",
-            *(_estimate(results.estimate(cell.values(metric, condition))) for condition in conditions),
-        ]
+        [f"({metric.removeprefix(prefix)})", *(_estimate(results.estimate(most(metric, name))) for name in conditions)]
         for metric in measured
-        if metric.startswith(prefix)
     ]
 
 

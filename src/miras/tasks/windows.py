@@ -77,7 +77,8 @@ class NextToken(Discrete, abstract=True):
 
     def validation(self) -> Self:
         """Held-out tokens at the training length, apart from the tests' where the data have such a split."""
-        return replace(self, split="validation", longer=())
+        split = "validation" if "validation" in self.splits else self.splits[-1]
+        return replace(self, split=split, longer=())
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, tuple[float, int]]:
         """Accuracy, loss in nats a token, and bits a unit."""
@@ -87,4 +88,4 @@ class NextToken(Discrete, abstract=True):
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """Perplexity a token."""
-        return {"perplexity": math.exp(means["loss"])}
+        return {"perplexity": math.exp(min(means["loss"], 700.0))}
