@@ -41,7 +41,7 @@ def _count(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
 
 def _needle(haystack: str, needle: str, _: int, tokenizer: PreTrainedTokenizerBase) -> int:
     """A single sentence beside the needle."""
-    text, _, _ = prepare_niah.generate_input_output(
+    text, *_rest = prepare_niah.generate_input_output(
         1,
         prepare_niah.get_haystack(haystack),
         template=niah_utils.TEMPLATE,
