@@ -264,7 +264,7 @@ EXPLAINED = {
 @pytest.mark.parametrize("path", EXPLAINED)
 def test_explain(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "has_compiler", lambda: True)
-    monkeypatch.setattr(native, "compiler", lambda: "g++")
+    monkeypatch.setattr(native, "compiler", lambda: ("g++",))
     design, refused = EXPLAINED[path]
     found = miras.explain(design, device="cpu", dtype=torch.bfloat16)
     assert found.path == path
