@@ -61,7 +61,7 @@ DESIGNS = {
 @pytest.fixture(autouse=True)
 def not_native(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or that path would be taken first."""
-    monkeypatch.setattr(native, "compiler", lambda: None)
+    monkeypatch.setattr(native, "compiler", lambda: ())
 
 
 @pytest.fixture
