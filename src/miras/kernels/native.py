@@ -51,7 +51,7 @@ More take longer to build; with fewer, more states are kept.
 """
 
 LARGE = 2**20
-"""Numbers of a state that takes longer to keep before every block than to make again, and fills the memory first."""
+"""Numbers of a state that is not kept before every block, which would fill the memory."""
 
 MIN_WORK = 2**24
 """Products of a weight and an input that are worth the seconds of tracing and building, once a design.
