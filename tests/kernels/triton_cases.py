@@ -5,17 +5,29 @@ Not collected by itself, since the interpreter has to be chosen before anything 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 
 from miras import learning, memory
+from miras.design import Design
 from miras.kernels import triton
 from tests.kernels.scan_cases import PLAIN, Scans, Sorted, home
 from tests.problems import assert_same, outcome, run
 
 INTERPRETED = triton.interpreted()
+
+
+@pytest.fixture
+def own_programs() -> Iterator[None]:
+    """Programs made in a test alone."""
+    for make in (triton.forward_program, triton.backward_program):
+        make.cache_clear()
+    yield
+    for make in (triton.forward_program, triton.backward_program):
+        make.cache_clear()
 
 
 class TestTriton(Scans):
@@ -24,13 +36,23 @@ class TestTriton(Scans):
     dtype, tolerance = (torch.float64, 1e-9) if INTERPRETED else (torch.float32, 2e-4)
 
     @pytest.mark.parametrize("rule", [learning.GradientDescent(), learning.Momentum()], ids=lambda x: x.kind)
+    @pytest.mark.usefixtures("own_programs")
     def test_quick_weights_read_anew(self, rule: learning.Learning, monkeypatch: pytest.MonkeyPatch) -> None:
         """As large memories do, whose weights and gradients stay out of registers (an odd and an even number of blocks)."""
         monkeypatch.setattr(triton, "REREAD", 0)
-        triton.backward_program.cache_clear()
-        problem = self.problem_of(replace(PLAIN, learning=rule), tokens=48 if rule.slots == 1 else 32)
+        self.assert_same_as_reference(replace(PLAIN, learning=rule), tokens=48 if rule.slots == 1 else 32)
+
+    @pytest.mark.parametrize("kept", ["registers", "memory"])
+    @pytest.mark.usefixtures("own_programs")
+    def test_quick_in_pieces(self, kept: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As wide memories are, whose matrices are several tiles; the last window is left in single steps."""
+        monkeypatch.setattr(triton, "PIECE", 16)
+        monkeypatch.setattr(triton, "REREAD", 0 if kept == "memory" else triton.REREAD)
+        self.assert_same_as_reference(PLAIN, tokens=40)
+
+    def assert_same_as_reference(self, design: Design, tokens: int) -> None:
+        problem = self.problem_of(design, tokens=tokens)
         found = home(outcome(self.moved(problem), path="triton"))
-        triton.backward_program.cache_clear()
         assert_same(found, outcome(problem, path="reference"), self.tolerance)
 
     def test_sequences_in_half_precision(self) -> None:

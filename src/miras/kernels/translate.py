@@ -22,6 +22,12 @@ from miras.kernels.pointwise import POINTWISE, Untranslatable, folded, literal, 
 MIN_DOT = 16
 """Least width of a matrix product on tensor cores."""
 
+MIN_ROWS = 64
+"""Rows of a product that Hopper's warp groups take, whose warps Triton lays along the rows where another product follows.
+
+With more columns than rows several warps would compute the same, so that the transpose is computed there.
+"""
+
 CHEAP = ("add", "sub", "transpose", "permute", "t")
 """Operations that are done again at every use where all that they read is."""
 
@@ -39,6 +45,10 @@ OPERANDS = {
     "float16 rounded": "{}.to(tl.float16).to(tl.float32)",
 }
 """What operands of a matrix product are made of a tile; sums are in float32, or in float64."""
+
+PRECISIONS = {"float32": ', input_precision="tf32x3"', "tf32": ', input_precision="tf32"'}
+"""How tensor cores multiply float32: each number as the sum of two of TF32, of whose products the largest three are kept,
+which leaves float32's own precision but for the last bits; or as one."""
 
 
 class Value(NamedTuple):
@@ -446,7 +456,9 @@ def _product(body: Body, node: Node) -> Value:
     x, y = body.whole(a), body.whole(b)
     if min(m, k, n) >= MIN_DOT:
         x, y = (OPERANDS[body.operands].format(text) for text in (x, y))
-        precision = {"float64": "", "tf32": ', input_precision="tf32"'}.get(body.operands, ', input_precision="ieee"')
+        precision = PRECISIONS.get(body.operands, "")
+        if MIN_ROWS <= m < n:
+            return body.line(node, f"tl.trans(tl.dot(tl.trans({y}), tl.trans({x}){precision}))")
         return body.line(node, f"tl.dot({x}, {y}{precision})")
     if k == 1:
         return body.line(node, f"{spread(x, (m, 1), (m, n))} * {spread(y, (1, n), (m, n))}")

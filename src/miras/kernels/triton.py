@@ -20,7 +20,7 @@ import itertools
 import linecache
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,15 +32,16 @@ from miras.design import Design
 from miras.engine.problem import Problem
 from miras.kernels.block import Block, identifier, pulled, traced
 from miras.kernels.graph import Untraceable
+from miras.kernels.pieces import grid, split
 from miras.kernels.scan import generate, one_by_one, unhashable
-from miras.kernels.translate import Body, tile
+from miras.kernels.translate import Body
 
 MAX_BLOCK = 64
 """Most gradient steps a block takes."""
 
-MAX_WORK = 2**12
-"""Most numbers of a block's tile that is as wide as the memory, where a shorter block has fewer: beyond it a backward
-kernel took Triton minutes to compile."""
+MAX_WORK = 2**21
+"""Most steps of a block times numbers of the largest weight, where a shorter block has fewer: longer ones do not fit into
+shared memory, or take Triton many minutes to compile."""
 
 MIN_BLOCK = 16
 """Fewest, where it takes more than one: with less there is nothing for a matrix product."""
@@ -48,16 +49,22 @@ MIN_BLOCK = 16
 UNMEASURED = "its speed has not been measured on a GPU yet, so it runs only where it is asked for: path='triton'"
 """Why it is not chosen by itself."""
 
-MAX_STATE = 2**17
-"""Most numbers of one head's slots: 512 KiB of float32, twice the registers of a streaming multiprocessor."""
+PIECE = 128
+"""Longest axis of a tile."""
 
+MAX_STATE = 2**17
+"""Most numbers of one head's slots."""
 
 REREAD = 2**14
-"""Most numbers of a head's weights that the backward kernel keeps in registers.
+"""Most numbers of a head's weights that kernels keep in registers.
 
 Larger ones, slots and their gradients stay in memory, from where every use reads them anew: kept, they and the copies that
-the tensor cores read would take an SM's registers and shared memory several times over.
+the tensor cores read would take an SM's registers and shared memory several times over. A forward kernel in blocks of one
+step, each of which would read them all, keeps as many as registers hold.
 """
+
+REGISTERS = 2**16
+"""Numbers of float32 that an SM's registers hold."""
 
 
 def unfit(design: Design, widths: tuple[int, int] | None = None) -> str | None:
@@ -75,7 +82,7 @@ def unfit(design: Design, widths: tuple[int, int] | None = None) -> str | None:
         return f"its tiles need widths that are powers of two; {', '.join(odd)}"
     held = design.learning.slots * sum(x.d_in * x.d_out for x in shapes.values())
     if held > MAX_STATE:
-        return f"{held} numbers of state a head, which its registers would have to hold; allowed: {MAX_STATE}"
+        return f"{held} numbers of state a head; allowed: {MAX_STATE}"
     return None
 
 
@@ -111,8 +118,8 @@ class TritonPrograms:
     def block_length(self, problem: Problem) -> int:
         if one_by_one(problem, scales=False):
             return 1
-        widest = max(max(shape.d_in, shape.d_out) for shape in problem.shapes.values())
-        length = math.gcd(problem.design.refresh, max(MIN_BLOCK, min(MAX_BLOCK, MAX_WORK // widest)))
+        largest = max(shape.d_in * shape.d_out for shape in problem.shapes.values())
+        length = math.gcd(problem.design.refresh, max(MIN_BLOCK, min(MAX_BLOCK, MAX_WORK // largest)))
         return length if length >= MIN_BLOCK else 1
 
     def make(self, block: Block, needed: tuple[bool, ...] | None) -> None:
@@ -127,7 +134,16 @@ class TritonPrograms:
     def forward(self, block: Block, tensors: Sequence[Tensor], rows: int, sizes: dict[str, int]) -> None:
         sizes = {**sizes, "READ": bool(sizes["read"])}
         del sizes["read"]
-        self._launch(block, forward_program(block, self.operands), tensors, rows, sizes)
+        program, count = forward_program(block, self.operands), len(block.state)
+        if carried(block):
+            self._launch(block, program, tensors, rows, sizes)
+            return
+        before = len(block.sequences) + len(block.shared)
+        first, last = tensors[before : before + count], tensors[before + count : before + 2 * count]
+        pairs = [torch.stack((x, torch.empty_like(x)), dim=2) for x in first]
+        self._launch(block, program, [*tensors[:before], *pairs, *tensors[before + 2 * count :]], rows, sizes)
+        for x, pair in zip(last, pairs, strict=True):
+            x.copy_(pair[:, :, sizes["steps"] % 2])
 
     def backward(
         self, block: Block, needed: tuple[bool, ...], tensors: Sequence[Tensor], rows: int, sizes: dict[str, int]
@@ -173,24 +189,52 @@ class Program(NamedTuple):
     tensors: tuple[str, ...]
 
 
+def large(block: Block) -> bool:
+    """Whether weights and state stay in memory."""
+    return sum(math.prod(x) for x in block.shared.values()) > REREAD
+
+
+def carried(block: Block) -> bool:
+    """Whether the forward kernel carries the state in registers."""
+    held = sum(math.prod(x) for x in block.state.values())
+    return not large(block) or (block.length == 1 and 2 * held <= REGISTERS)
+
+
 @functools.lru_cache(maxsize=64)
 def forward_program(block: Block, operands: str) -> Program:
-    """The scan: keeps the state before every `every`th step, and stores outputs where READ."""
-    writer = _Writer(block, operands)
-    writer.load(0, block.shared, "head", "w_")
-    writer.load(0, block.state, "row", "z_", "_first")
+    """The scan: keeps the state before every `every`th step, and stores outputs where READ.
+
+    The state is `carried` in registers, or lies in pairs [..., 2, ...] in memory: a step reads the one and writes the other,
+    the first step reads the first.
+    """
+    writer, held = _Writer(block, operands), carried(block)
+    here, there = (f"(row * 2 + (step - begin{x}) % 2)" for x in ("", " + 1"))
+    if held:
+        writer.load(0, block.shared, "head", "w_")
+        writer.load(0, block.state, "row", "z_", "_first")
+    else:
+        writer.remake(block.shared, "head", "w_")
+        writer.remake(block.state, here, "z_", "_pair")
+        writer.put(block.state, there, "z_", "_pair")
     writer.add(0, "for step in range(begin, begin + steps):")
     writer.add(1, "if (step - begin) % every == 0:", "    place = row * kept + (step - begin) // every")
+    if not held:
+        writer.load(2, block.state, here, "z_", "_pair")
     writer.store(2, block.state, "place", "z_", "_kept")
     writer.add(1, f"time = (row * total + step * {block.length})")
     writer.load(1, block.sequences, "time", "x_", per_step=True)
-    names = [f"x_{x}" for x in block.sequences] + [f"w_{x}" for x in block.shared] + [f"z_{x}" for x in block.state]
-    writer.bodies(lambda ends: traced(block, ends), names, ["o", *(f"z_{x}" for x in block.state)])
+    inputs = [*writer.names(block.sequences, "x_"), *writer.names(block.shared, "w_"), *writer.names(block.state, "z_")]
+    outputs = {"o": (block.length, block.widths[1])}
+    writer.bodies(lambda ends: traced(block, ends), inputs, writer.names(outputs, "") + writer.names(block.state, "z_"))
     writer.add(1, "if READ:")
-    writer.store(2, {"o": (block.length, block.widths[1])}, "time", per_step=True)
-    writer.store(0, block.state, "row", "z_", "_last")
-    states = [f"{name}_{kind}" for kind in ("first", "last", "kept") for name in block.state]
-    tensors = (*block.sequences, *block.shared, *states, "o")
+    writer.store(2, outputs, "time", per_step=True)
+    if held:
+        writer.store(0, block.state, "row", "z_", "_last")
+    else:
+        # The next step's threads read what others of this one wrote.
+        writer.add(1, "tl.debug_barrier()")
+    kinds = ("first", "last", "kept") if held else ("pair", "kept")
+    tensors = (*block.sequences, *block.shared, *(f"{name}_{kind}" for kind in kinds for name in block.state), "o")
     return writer.program(
         "forward", tensors, "begin, steps, total, every, kept, phase, HEADS: tl.constexpr, READ: tl.constexpr"
     )
@@ -208,28 +252,32 @@ def backward_program(block: Block, operands: str, needed: tuple[bool, ...]) -> P
     sequences = {name: x for name, x in block.sequences.items() if wanted[name]}
     shared = {name: x for name, x in block.shared.items() if wanted[name]}
     outputs = {"o": (block.length, block.widths[1])}
-    large = sum(math.prod(x) for x in block.shared.values()) > REREAD
-    load = writer.remake if large else writer.load
-    load(0, block.shared, "head", "w_")
-    load(0, shared, "row", "dw_", "_grad")
-    if not large:
+    reread = large(block)
+    if reread:
+        writer.remake(block.shared, "head", "w_")
+        writer.remake(shared, "row", "dw_", "_grad")
+    else:
+        writer.load(0, block.shared, "head", "w_")
+        writer.load(0, shared, "row", "dw_", "_grad")
         writer.load(0, block.state, "(row * 2 + side)", "dz_", "_grad")
     writer.add(0, "for back in range(steps):", "    here = steps - 1 - back", "    step = begin + here")
     writer.add(1, "place = row * steps + here", f"time = (row * total + step * {block.length})")
-    load(1, block.state, "place", "z_", "_kept")
     writer.load(1, block.sequences, "time", "x_", per_step=True)
     writer.load(1, outputs, "time", "d", "_grad", per_step=True)
-    if large:
-        writer.remake(1, block.state, "(row * 2 + (side + back) % 2)", "dz_", "_grad")
+    if not reread:
+        writer.load(1, block.state, "place", "z_", "_kept")
+    else:
+        writer.remake(block.state, "place", "z_", "_kept")
+        writer.remake(block.state, "(row * 2 + (side + back) % 2)", "dz_", "_grad")
         writer.put(shared, "row", "dw_", "_grad")
         writer.put(block.state, "(row * 2 + (side + back + 1) % 2)", "dz_", "_grad")
     writer.put(sequences, "time", "dx_", "_grad", per_step=True)
-    names = [f"x_{x}" for x in block.sequences] + [f"w_{x}" for x in block.shared] + [f"z_{x}" for x in block.state]
-    names += ["do", *(f"dz_{x}" for x in block.state)]
-    found = [f"dx_{x}" for x in sequences] + [f"+dw_{x}" for x in shared] + [f"dz_{x}" for x in block.state]
-    writer.bodies(lambda ends: pulled(block, ends, needed), names, found)
-    if large:
-        # The next step's threads read what others of this one wrote.
+    inputs = [*writer.names(block.sequences, "x_"), *writer.names(block.shared, "w_"), *writer.names(block.state, "z_")]
+    inputs += [*writer.names(outputs, "d"), *writer.names(block.state, "dz_")]
+    found = [*writer.names(sequences, "dx_"), *(f"+{x}" for x in writer.names(shared, "dw_"))]
+    writer.bodies(lambda ends: pulled(block, ends, needed), inputs, found + writer.names(block.state, "dz_"))
+    if reread:
+        # As above.
         writer.add(1, "tl.debug_barrier()")
     else:
         writer.store(0, shared, "row", "dw_", "_grad")
@@ -241,7 +289,10 @@ def backward_program(block: Block, operands: str, needed: tuple[bool, ...]) -> P
 
 
 class _Writer:
-    """Lines of a program; names of tensors are made identifiers, and a tensor's pointer ends in _ptr."""
+    """Lines of a program; names of tensors are made identifiers, and a tensor's pointer ends in _ptr.
+
+    Tensors that are longer than `PIECE` along an axis are several tiles (see `pieces`), whose names end in their place.
+    """
 
     def __init__(self, block: Block, operands: str) -> None:
         self.block, self.operands = block, operands
@@ -249,38 +300,57 @@ class _Writer:
         self.lines: list[str] = []
         self.remade: dict[str, str] = {}
         self.direct: dict[str, str] = {}
-        self.offsets: dict[tuple[int, ...], str] = {}
+        self.offsets: dict[str, str] = {}
 
     def add(self, depth: int, *lines: str) -> None:
         self.lines += ["    " * (depth + 1) + line for line in lines]
 
-    def address(self, pointer: str, shape: tuple[int, ...], at: str, per_step: bool) -> str:
-        """Where tile number `at` of a tensor lies; in a sequence, where the tile that begins at time `at` does."""
-        dims = tile(shape)
-        stride = math.prod(shape[1:] if per_step else shape)
-        start = f"{identifier(pointer)}_ptr + {at} * {stride}" if stride > 1 else f"{identifier(pointer)}_ptr + {at}"
-        if not dims:
-            return start
-        name = self.offsets.setdefault(dims, "at_" + "x".join(map(str, dims)))
-        return f"{start} + {name}"
+    def names(self, shapes: Mapping[str, tuple[int, ...]], prefix: str) -> list[str]:
+        """The tiles of tensors."""
+        return [
+            f"{prefix}{identifier(name)}{end}" for name, shape in shapes.items() for end in map(_end, grid(shape, PIECE))
+        ]
+
+    def addresses(
+        self, shapes: Mapping[str, tuple[int, ...]], at: str, suffix: str, per_step: bool = False
+    ) -> Iterator[str]:
+        """Where tiles of number `at` of tensors lie; in a sequence, of what begins at time `at`."""
+        for name, shape in shapes.items():
+            whole = math.prod(shape[1:] if per_step else shape)
+            strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+            kept = [axis for axis, n in enumerate(shape) if n != 1]
+            dims = [(min(shape[axis], PIECE), strides[axis]) for axis in kept]
+            for place in grid(shape, PIECE):
+                start = sum(i * min(n, PIECE) * stride for i, n, stride in zip(place, shape, strides, strict=True))
+                terms = [f"{identifier(name + suffix)}_ptr", f"{at} * {whole}" if whole > 1 else at]
+                terms += [str(start)] if start else []
+                yield " + ".join([*terms, *([self.offset(dims)] if dims else [])])
+
+    def offset(self, dims: Sequence[tuple[int, int]]) -> str:
+        """The name of where the numbers of a tile lie, for its lengths and strides."""
+        name = "at_" + "_".join(f"{n}x{stride}" for n, stride in dims)
+        parts = []
+        for axis, (size, stride) in enumerate(dims):
+            marks = ", ".join(":" if i == axis else "None" for i in range(len(dims)))
+            index = f"tl.arange(0, {size})" + (f"[{marks}]" if len(dims) > 1 else "")
+            parts.append(index if stride == 1 else f"{index} * {stride}")
+        self.offsets[name] = " + ".join(parts)
+        return name
 
     def load(
         self, depth: int, shapes: dict[str, tuple[int, ...]], at: str, prefix: str, suffix: str = "", per_step: bool = False
     ) -> None:
-        for name, shape in shapes.items():
-            where = self.address(name + suffix, shape, at, per_step)
-            self.add(depth, f"{prefix}{identifier(name)} = tl.load({where})")
+        for name, where in zip(self.names(shapes, prefix), self.addresses(shapes, at, suffix, per_step), strict=True):
+            self.add(depth, f"{name} = tl.load({where})")
 
-    def remake(self, depth: int, shapes: dict[str, tuple[int, ...]], at: str, prefix: str, suffix: str = "") -> None:
+    def remake(self, shapes: dict[str, tuple[int, ...]], at: str, prefix: str, suffix: str = "") -> None:
         """Load at every use: volatile, since equal loads would otherwise become one again."""
-        for name, shape in shapes.items():
-            where = self.address(name + suffix, shape, at, False)
-            self.remade[f"{prefix}{identifier(name)}"] = f"tl.load({where}, volatile=True)"
+        for name, where in zip(self.names(shapes, prefix), self.addresses(shapes, at, suffix), strict=True):
+            self.remade[name] = f"tl.load({where}, volatile=True)"
 
     def put(self, shapes: dict[str, tuple[int, ...]], at: str, prefix: str, suffix: str, per_step: bool = False) -> None:
         """Store results as soon as they are there."""
-        for name, shape in shapes.items():
-            self.direct[f"{prefix}{identifier(name)}"] = self.address(name + suffix, shape, at, per_step)
+        self.direct |= dict(zip(self.names(shapes, prefix), self.addresses(shapes, at, suffix, per_step), strict=True))
 
     def store(
         self,
@@ -291,26 +361,25 @@ class _Writer:
         suffix: str = "",
         per_step: bool = False,
     ) -> None:
-        for name, shape in shapes.items():
-            self.add(depth, f"tl.store({self.address(name + suffix, shape, at, per_step)}, {prefix}{identifier(name)})")
+        for name, where in zip(self.names(shapes, prefix), self.addresses(shapes, at, suffix, per_step), strict=True):
+            self.add(depth, f"tl.store({where}, {name})")
 
-    def bodies(self, graph: Callable[[bool], Graph], names: Sequence[str], results: Sequence[str]) -> None:
+    def bodies(self, graph: Callable[[bool], Graph], inputs: Sequence[str], results: Sequence[str]) -> None:
         """The block that ends a window and, if there is one, that which does not; a result "+x" is added to x."""
-        inputs = [identifier(name) for name in names]
         several = self.block.blocks > 1
         if several:
             self.add(1, f"if (phase + step) % {self.block.blocks} == {self.block.blocks - 1}:")
-        self._body(1 + several, graph(True), inputs, results, "")
+        self._body(1 + several, split(graph(True), PIECE), inputs, results, "")
         if several:
             self.add(1, "else:")
-            self._body(2, graph(False), inputs, results, "m_")
+            self._body(2, split(graph(False), PIECE), inputs, results, "m_")
 
     def _body(self, depth: int, graph: Graph, inputs: Sequence[str], results: Sequence[str], prefix: str) -> None:
         body = Body(self.dtype, self.operands, prefix, dict(self.remade))
         # Through names of their own, since a result may be another one's input.
         ends: list[str] = []
         for name, value in zip(results, body.translate(graph, inputs), strict=True):
-            target = identifier(name.removeprefix("+"))
+            target = name.removeprefix("+")
             text = body.whole(value)
             text = body.reading(f"{target} + {text}" if name.startswith("+") else text)
             if target in self.direct:
@@ -324,16 +393,10 @@ class _Writer:
         pointers = ", ".join(f"{identifier(x)}_ptr" for x in tensors)
         head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}({pointers}, {rest}):"]
         head += ["    row = tl.program_id(0).to(tl.int64)", "    head = row % HEADS"]
-        head += [f"    {name} = {_offsets(dims)}" for dims, name in self.offsets.items()]
+        head += [f"    {name} = {text}" for name, text in self.offsets.items()]
         return Program("\n".join([*head, *self.lines]) + "\n", tuple(tensors))
 
 
-def _offsets(dims: tuple[int, ...]) -> str:
-    """Where the numbers of a tile lie in memory, by rows."""
-    parts = []
-    for axis, size in enumerate(dims):
-        marks = ", ".join(":" if i == axis else "None" for i in range(len(dims)))
-        index = f"tl.arange(0, {size})" + (f"[{marks}]" if len(dims) > 1 else "")
-        stride = math.prod(dims[axis + 1 :])
-        parts.append(index if stride == 1 else f"{index} * {stride}")
-    return " + ".join(parts)
+def _end(place: Sequence[int]) -> str:
+    """What the name of a tile ends in."""
+    return "".join(f"_{i}" for i in place) if any(place) else ""
