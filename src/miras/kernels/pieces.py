@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from miras.kernels.pointwise import POINTWISE, Untranslatable
 
@@ -95,7 +96,7 @@ class _Splitter:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """An operation on pieces."""
         made = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg((args, kwargs), lambda x: x.meta["val"])
+        values = map_arg((args, kwargs), lambda x: x.meta["val"])
         made.meta["val"] = target(*values[0], **values[1])
         return made
 
@@ -112,9 +113,9 @@ class _Splitter:
         value = node.meta["val"]
         return torch.empty(self.size(value.shape), dtype=value.dtype, device="meta")
 
-    def require_whole(self, node: Node, *axes: int) -> None:
-        """That a node is not divided along some axes. Raises Untranslatable."""
-        longest = max((_shape(node)[axis] for axis in axes), default=0)
+    def require_whole(self, node: Node, x: Node, *axes: int) -> None:
+        """That what a node reads or gives is not divided along some axes. Raises Untranslatable."""
+        longest = max((_shape(x)[axis] for axis in axes), default=0)
         if longest > self.limit:
             raise Untranslatable(f"{node.target} along an axis of {longest}, which is divided into pieces of {self.limit}")
 
@@ -139,10 +140,16 @@ def _each(splitter: _Splitter, node: Node) -> Make:
     return lambda place: splitter.call(node.target, *(splitter.piece(x, place) for x in node.args), **node.kwargs)
 
 
+def _cast(splitter: _Splitter, node: Node) -> Make:
+    """The same numbers in another type."""
+    dtype = node.meta["val"].dtype
+    return lambda place: splitter.call(aten._to_copy.default, splitter.piece(node.args[0], place), dtype=dtype)
+
+
 def _undivided(splitter: _Splitter, node: Node) -> Make:
     """An operation of which nothing is known, on what is no longer than a piece."""
     for x in (*node.all_input_nodes, node):
-        splitter.require_whole(x, *range(len(_shape(x))))
+        splitter.require_whole(node, x, *range(len(_shape(x))))
 
     made = splitter.graph.node_copy(node, lambda x: splitter.found[x].nodes[(0,) * len(_shape(x))])
     made.meta = {"val": splitter.empty(node)}
@@ -189,7 +196,7 @@ def _permute(splitter: _Splitter, node: Node) -> Make:
 
 def _fill(splitter: _Splitter, node: Node) -> Make:
     """One number everywhere: a shape is among the arguments, or that of the first one is it."""
-    args = [splitter.size(x) if isinstance(x, (list, tuple)) else x for x in node.args]
+    args = [splitter.size(cast("list[int]", x)) if isinstance(x, (list, tuple)) else x for x in node.args]
     like, dtype = "like" in _name(node), node.meta["val"].dtype
 
     def make(place: Index) -> Node:
@@ -240,12 +247,12 @@ def _product(splitter: _Splitter, node: Node) -> Make:
 
 def _along(splitter: _Splitter, node: Node) -> Make:
     """Along axes that are not divided; where it is the gradient of a part, the whole's shape comes before the axis."""
-    x, rest = (
-        cast(Node, node.args[0]),
-        [splitter.size(y) if "backward" in _name(node) and isinstance(y, list) else y for y in node.args[1:]],
-    )
-    axes: Any = (-2, -1) if _name(node) in ("triu", "tril") else rest["backward" in _name(node)]
-    splitter.require_whole(node, *(axes if isinstance(axes, (list, tuple)) else (axes,)))
+    x, rest = cast(Node, node.args[0]), cast("list[Any]", list(node.args[1:]))
+    axes = (-2, -1) if _name(node) in ("triu", "tril") else rest[0]
+    if _name(node) == "slice_backward":
+        rest[0], axes = splitter.size(rest[0]), rest[1]
+    for y in (x, node):
+        splitter.require_whole(node, y, *(axes if isinstance(axes, (list, tuple)) else (axes,)))
     return lambda place: splitter.call(node.target, splitter.found[x].nodes[place], *rest)
 
 
@@ -253,7 +260,7 @@ def _select(splitter: _Splitter, node: Node) -> Make:
     """One row along an axis."""
     x, axis, index = cast("tuple[Node, int, int]", node.args)
     axis %= len(_shape(x))
-    splitter.require_whole(x, axis)
+    splitter.require_whole(node, x, axis)
     return lambda place: splitter.call(node.target, splitter.found[x].nodes[(*place[:axis], 0, *place[axis:])], axis, index)
 
 
@@ -261,7 +268,7 @@ def _placed(splitter: _Splitter, node: Node) -> Make:
     """One row in the place of another one, or among zeros."""
     *whole, row, axis, index = (x for x in node.args if isinstance(x, (Node, int)))
     axis, shape = cast(int, axis) % len(_shape(node)), splitter.size(_shape(node))
-    splitter.require_whole(node, axis)
+    splitter.require_whole(node, node, axis)
 
     def make(place: Index) -> Node:
         piece = splitter.found[cast(Node, row)].nodes[place[:axis] + place[axis + 1 :]]
@@ -275,7 +282,7 @@ def _placed(splitter: _Splitter, node: Node) -> Make:
 def _joined(splitter: _Splitter, node: Node) -> Make:
     """Tensors end to end, or one above the other."""
     parts, axis = cast("list[Node]", node.args[0]), cast(int, node.args[1] if len(node.args) > 1 else 0) % len(_shape(node))
-    splitter.require_whole(node, axis)
+    splitter.require_whole(node, node, axis)
 
     def make(place: Index) -> Node:
         there = place if _name(node) == "cat" else place[:axis] + place[axis + 1 :]
@@ -295,6 +302,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("cumsum", "flip", "slice", "slice_backward", "triu", "tril"), _along),
     **dict.fromkeys(("select_backward", "select_scatter"), _placed),
     **dict.fromkeys(("cat", "stack"), _joined),
+    "_to_copy": _cast,
     "expand": _expand,
     "select": _select,
 }

@@ -101,19 +101,7 @@ def _run_blocks(
     problem: Problem, state: MemoryState, length: int, apart: bool, programs: Programs
 ) -> tuple[Tensor, MemoryState]:
     """The same for whole blocks."""
-    design, names = problem.design, list(problem.shapes)
-    block = Block(
-        design=design,
-        facts=facts_of(design),
-        shapes=tuple(problem.shapes.items()),
-        gates=tuple(problem.gates),
-        slow=tuple(problem.slow),
-        widths=(problem.k.shape[-1], problem.v.shape[-1]),
-        channels=(_channels(problem.lr), _channels(problem.log_decay)),
-        length=length,
-        apart=apart,
-        dtype=problem.k.dtype,
-    )
+    design, names, block = problem.design, list(problem.shapes), block_of(problem, length, apart)
     sequences = [problem.q, problem.k, problem.v, problem.lr, problem.log_decay, *problem.gates.values()]
     slots = [z for name in names for z in state.slots[name].unbind(2)]
     points = [state.point[name] for name in names] if apart else []
@@ -128,6 +116,22 @@ def _run_blocks(
         {name: torch.stack(z, dim=2) for name, z in final.items()},
         dict(zip(names, ends, strict=True)),
         (state.phase + problem.num_steps) % design.refresh,
+    )
+
+
+def block_of(problem: Problem, length: int, apart: bool) -> Block:
+    """So many steps of a problem."""
+    return Block(
+        design=problem.design,
+        facts=facts_of(problem.design),
+        shapes=tuple(problem.shapes.items()),
+        gates=tuple(problem.gates),
+        slow=tuple(problem.slow),
+        widths=(problem.k.shape[-1], problem.v.shape[-1]),
+        channels=(_channels(problem.lr), _channels(problem.log_decay)),
+        length=length,
+        apart=apart,
+        dtype=problem.k.dtype,
     )
 
 

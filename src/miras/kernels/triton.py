@@ -1,15 +1,16 @@
 """The triton path: the block scan of any memory and bias as one GPU kernel forward and one backward (see `scan`).
 
-Memory grows with the square root of the length, beyond inputs and outputs, since so many states are kept.
+States before blocks are kept for the backward pass: those before all, where that takes less than a few times the memory of
+keys and values, or else of the square root of their number.
 
 A block has 16, 32 or 64 steps where the links allow it and the window is a multiple of it; with refresh 1, links at
 every token, or rates and decays per channel it has one, which updates the weights in registers and so is the exact
-online learner. Both programs run one instance a sequence and head and carry the slots in registers in float32 from block
-to block. States and everything that is no matrix product are in float32, operands in `operands_of` the inputs.
+online learner. Both programs run one instance a sequence and head, and carry the slots in float32 from block to block: in
+registers, or, where these could not hold them, in memory (L2). Matrices are divided into tiles (see `pieces`). States and
+everything that is no matrix product are in float32, operands in `operands_of` the inputs.
 
 What has been checked is what Triton's interpreter and compiler can check without a GPU: outputs and gradients, and that
-the programs compile for one. No speed of it has been measured. The forward kernel carries a head's state in registers:
-d = 64 with a hidden layer of 256 takes 128 KiB of an SM's 256, and ptxas spills there (docs/gpu.md has the counts).
+the programs compile for one and fit into it (docs/gpu.md has the counts). No speed of it has been measured.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ UNMEASURED = "its speed has not been measured on a GPU yet, so it runs only wher
 
 PIECE = 128
 """Longest axis of a tile."""
+
+KEPT = 8
+"""Most numbers a token, in lengths of its key and value, for which the state before every block is kept: the backward pass
+then runs no forward one, by its instructions a fourth of all (docs/gpu.md). Of larger states the square root is kept."""
 
 MAX_STATE = 2**17
 """Most numbers of one head's slots."""
@@ -129,7 +134,8 @@ class TritonPrograms:
             generate(backward_program, block, self.operands, needed)
 
     def every(self, block: Block, steps: int) -> int:
-        return math.isqrt(steps - 1) + 1
+        kept = sum(math.prod(x) for x in block.state.values()) / block.length
+        return 1 if kept <= KEPT * sum(block.widths) else math.isqrt(steps - 1) + 1
 
     def forward(self, block: Block, tensors: Sequence[Tensor], rows: int, sizes: dict[str, int]) -> None:
         sizes = {**sizes, "READ": bool(sizes["read"])}
@@ -155,7 +161,7 @@ class TritonPrograms:
         sizes = {**sizes, "HEADS": sizes["heads"]}
         del sizes["heads"]
         try:
-            _kernel(program.source)[(rows,)](*tensors, **sizes, num_warps=num_warps(block), num_stages=1)
+            kernel_of(program)[(rows,)](*tensors, **sizes, **options(block))
         except Exception as error:
             # OutOfResources and CompilationError, which are Triton's and not importable without it.
             if type(error).__module__.startswith("triton"):
@@ -163,23 +169,14 @@ class TritonPrograms:
             raise
 
 
-def num_warps(block: Block) -> int:
-    """Warps of an instance: 255 registers a thread hold about 8,000 numbers a warp."""
-    held = sum(math.prod(x) for x in block.state.values())
-    return 4 if held <= 2**13 else 8
+def options(block: Block) -> dict[str, int]:
+    """What a kernel is compiled with.
 
-
-_numbers = itertools.count()
-
-
-@functools.lru_cache(maxsize=256)
-def _kernel(source: str) -> Any:
-    """The kernel of a program; its text is kept where Python's own tools, and Triton, find a function's source."""
-    name = f"<miras triton program {next(_numbers)}>"
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    namespace: dict[str, Any] = {"__name__": f"miras_triton_program_{next(_numbers)}"}
-    exec(compile(source, name, "exec"), namespace)
-    return namespace["forward" if "def forward(" in source else "backward"]
+    Of warps, a sixteenth of the longest tile's rows, since tensor cores take 16 at once; of registers, all that a thread can
+    have, since NVIDIA's assembler gives some kernels a few dozen and spills the rest.
+    """
+    longest = max(max(shape.d_in, shape.d_out) for _, shape in block.shapes)
+    return {"num_warps": max(4, min(longest, PIECE) // 16), "num_stages": 1, "maxnreg": 255}
 
 
 class Program(NamedTuple):
@@ -187,6 +184,19 @@ class Program(NamedTuple):
 
     source: str
     tensors: tuple[str, ...]
+
+
+_numbers = itertools.count()
+
+
+@functools.lru_cache(maxsize=256)
+def kernel_of(program: Program) -> Any:
+    """The kernel of a program; its text is kept where Python's own tools, and Triton, find a function's source."""
+    name, source = f"<miras triton program {next(_numbers)}>", program.source
+    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"__name__": f"miras_triton_program_{next(_numbers)}"}
+    exec(compile(source, name, "exec"), namespace)
+    return namespace["forward" if "def forward(" in source else "backward"]
 
 
 def large(block: Block) -> bool:
