@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "filled": (lambda x: (torch.zeros_like(x) + x.new_full((8, 12), 2.0) * torch.ones(12, dtype=x.dtype), x + 0), [(8, 12)]),
     "rows": (lambda x: (x[1], x[:, 1:3].cumsum(1), x.flip(0), torch.cat((x[:1], x[2:])), torch.stack((x, x))), [(3, 4, 8)]),
     "types": (lambda x: ((x > 0).to(x.dtype) * 2,), [(8, 12)]),
+    "rows of a piece": (lambda x: (x[:, 5:7], x[..., :1], x[2:, 4:8]), [(4, 12)]),
     "triangle": (lambda x, y: ((x @ x.T).tril() @ y,), [(4, 8), (4, 12)]),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +35,21 @@ def test_in_the_interpreter(group: str) -> None:
     root = CASES.parents[2]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_compiled_for_a_gpu(tmp_path: Path) -> None:
+    """Kernels of usual sizes compile for an H100 and fit into it, as `benchmarks/ptxas.py` says, which needs no GPU."""
+    file = tmp_path / "ptxas.json"
+    command = [sys.executable, "benchmarks/ptxas.py", "--cases", "matrix", "plain-16", "float32", "--json", str(file)]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    subprocess.run(command, env=environment, cwd=CASES.parents[2], check=True)
+    rows = json.loads(file.read_text())
+    assert [x["block"] for x in rows] == [64, 64, 16, 16, 16, 16]
+    for x in rows:
+        assert 0 < x["shared"] <= 232_448, x
+        assert 64 < x["registers"] <= 255, x
+        assert x["products"] > 0, x
 
 
 @dataclass(frozen=True)

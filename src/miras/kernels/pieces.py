@@ -256,6 +256,25 @@ def _along(splitter: _Splitter, node: Node) -> Make:
     return lambda place: splitter.call(node.target, splitter.found[x].nodes[place], *rest)
 
 
+def _slice(splitter: _Splitter, node: Node) -> Make:
+    """Rows that lie in one piece, or of an axis that is not divided."""
+    given = (*cast("tuple[Any, ...]", node.args), *(0, None, None)[len(node.args) - 1 :])
+    x, start, stop = cast(Node, given[0]), given[2], given[3]
+    axis, limit = cast(int, given[1]) % len(_shape(x)), splitter.limit
+    begin, end, _ = slice(start, stop).indices(_shape(x)[axis])
+    piece = begin // limit
+    if len(node.args) > 4 or max(end - 1, begin) // limit != piece:
+        return _along(splitter, node)
+
+    def make(place: Index) -> Node:
+        there = (*place[:axis], piece, *place[axis + 1 :])
+        return splitter.call(
+            aten.slice.Tensor, splitter.found[x].nodes[there], axis, begin - piece * limit, end - piece * limit
+        )
+
+    return make
+
+
 def _select(splitter: _Splitter, node: Node) -> Make:
     """One row along an axis."""
     x, axis, index = cast("tuple[Node, int, int]", node.args)
@@ -299,11 +318,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("new_ones", "new_zeros", "new_full", "new_empty"), _fill),
     **dict.fromkeys(("sum", "mean", "amax", "amin"), _reduction),
     **dict.fromkeys(("bmm", "mm"), _product),
-    **dict.fromkeys(("cumsum", "flip", "slice", "slice_backward", "triu", "tril"), _along),
+    **dict.fromkeys(("cumsum", "flip", "slice_backward", "triu", "tril"), _along),
     **dict.fromkeys(("select_backward", "select_scatter"), _placed),
     **dict.fromkeys(("cat", "stack"), _joined),
     "_to_copy": _cast,
     "expand": _expand,
     "select": _select,
+    "slice": _slice,
 }
 """Operations that are more than number by number."""
