@@ -94,8 +94,10 @@ def test_delta_rule_takes_no_other_design() -> None:
 
 FLA_OP = """
 import sys, torch, miras
-from tests.kernels.fla_child import distance, prepare
-called = prepare()
+from tests.kernels.fla_cases import interpret, watched
+from tests.problems import assert_close
+interpret()
+called = watched()
 from miras.bench import PEERS, Case, named_design
 from miras.bench.case import memory_inputs
 case = Case(sys.argv[1], named_design(sys.argv[1]), 1, 37, 2, 16)
@@ -104,7 +106,7 @@ inputs["weights"] = {name: torch.zeros_like(x) for name, x in inputs["weights"].
 forward, tensors = PEERS["fla"].forward(case)
 out = forward()
 assert out.shape == inputs["v"][:, :: case.design.learning.micro_steps].shape, out.shape
-assert distance(out, miras.memorize(**inputs, path="reference")[0]) < 1e-5
+assert_close(out, miras.memorize(**inputs, path="reference")[0], tolerance=1e-5)
 assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), tensors))
 print(*called)
 """
