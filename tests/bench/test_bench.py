@@ -97,7 +97,7 @@ import sys, torch, miras
 from tests.kernels.fla_cases import interpret, watched
 from tests.problems import assert_close
 interpret()
-called = watched()
+calls = watched()
 from miras.bench import PEERS, Case, named_design
 from miras.bench.case import memory_inputs
 case = Case(sys.argv[1], named_design(sys.argv[1]), 1, 37, 2, 16)
@@ -108,7 +108,7 @@ out = forward()
 assert out.shape == inputs["v"][:, :: case.design.learning.micro_steps].shape, out.shape
 assert_close(out, miras.memorize(**inputs, path="reference")[0], tolerance=1e-5)
 assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), tensors))
-print(*called)
+print(*(call.op for call in calls))
 """
 
 

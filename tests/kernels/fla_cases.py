@@ -7,11 +7,12 @@ there is nothing to tune by timing. It has no bfloat16.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -89,20 +90,32 @@ def interpret() -> None:
         vars(module)["range"] = indices
 
 
-def watched() -> list[str]:
-    """The names of the ops that are called from now on."""
+class Call(NamedTuple):
+    """The name of an op, and the types of what it is given."""
+
+    op: str
+    dtypes: dict[str, torch.dtype]
+
+
+def watched() -> list[Call]:
+    """The ops that are called from now on."""
     import fla.ops
 
-    called: list[str] = []
+    calls: list[Call] = []
+
+    def watch(op: str, kernel: Any, **options: Any) -> Any:
+        numbers = {key: x for key, x in options.items() if isinstance(x, Tensor) and x.is_floating_point()}
+        calls.append(Call(op, {key: x.dtype for key, x in numbers.items()}))
+        return kernel(**options)
+
     for op in {op for *_, op in CASES.values()}:
         module = getattr(fla.ops, "generalized_delta_rule" if op == "dplr_delta_rule" else op)
-        kernel = getattr(module, f"chunk_{op}")
-        setattr(module, f"chunk_{op}", lambda op=op, kernel=kernel, **options: called.append(op) or kernel(**options))
-    return called
+        setattr(module, f"chunk_{op}", functools.partial(watch, op, getattr(module, f"chunk_{op}")))
+    return calls
 
 
 @pytest.fixture(scope="module")
-def called() -> list[str]:
+def calls() -> list[Call]:
     with warnings.catch_warnings(action="ignore"):  # of what fla imports
         if interpreted():
             interpret()
@@ -133,9 +146,16 @@ def packed_in_two_calls(name: str, dtype: str, path: str, device: str) -> dict[s
 @pytest.mark.filterwarnings("ignore:.*does not support float32 on some platforms:RuntimeWarning")
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference(name: str, dtype: str, called: list[str]) -> None:
-    called.clear()
+def test_equals_the_reference(name: str, dtype: str, calls: list[Call]) -> None:
+    calls.clear()
     for outcomes in (one_call, packed_in_two_calls):
         found = outcomes(name, dtype, "fla", DEVICE)
-        assert_same(found, outcomes(name, dtype, "reference", "cpu"), TOLERANCES[dtype])
-    assert set(called) == {CASES[name][3]}
+        expected = outcomes(name, dtype, "reference", "cpu")
+        assert_same(found, expected, TOLERANCES[dtype])
+        assert {key: x.dtype for key, x in found.items()} == {key: x.dtype for key, x in expected.items()}
+    wide = {"g": torch.float32, "gk": torch.float32, "beta": torch.float32, "initial_state": torch.float32}
+    assert len(calls) == 3
+    for op, dtypes in calls:
+        assert op == CASES[name][3]
+        assert dtypes == {key: wide.get(key, getattr(torch, dtype)) for key in dtypes}
+        assert {"q", "k", "v", "initial_state"} < set(dtypes)

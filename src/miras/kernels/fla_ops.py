@@ -13,6 +13,9 @@ so that the anchor changes values and read-outs only, and D_0 is the op's initia
     else      `dplr_delta_rule`, S_t = diag(alpha) S_{t-1} + k^T v + b^T (a S_{t-1})  (RWKV-7)
 
 With n gradient steps a token an op takes n steps of which the last is read. Versions: fla-core 0.6.0.
+
+An op multiplies in the type of its q, k and v (float32 mostly in TF32, Triton's default) and keeps its states in float32.
+What it is given in their places is made in float32 and rounded to the type of the user's; decays and rates stay in float32.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ from miras.learning import Learning
 
 MAX_KEY_DIM = 256
 """Widest keys that the kernels of the delta rules take."""
+
+GATES = ("g", "gk", "beta")
+"""Inputs of the ops that are log-decays and rates."""
 
 
 def unfit(design: Design) -> str | None:
@@ -60,18 +66,18 @@ def unavailable(device: torch.device, dtype: torch.dtype | None = None, widths: 
     if device.type != "cuda" and not interpreted():
         return f"its Triton kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1, to test them)"
     if dtype == torch.float64:
-        return "its kernels compute in float32, not in float64"
+        return "its kernels compute in float32 at most, not in float64"
     if widths is not None and widths[0] > MAX_KEY_DIM:
         return f"its kernels take keys of up to {MAX_KEY_DIM} channels, not {widths[0]}"
     return None
 
 
 def run_fla(
-    problem: Problem, state: MemoryState, bounds: Tensor | None = None, *, decays: bool = True
+    problem: Problem, state: MemoryState, dtype: torch.dtype, bounds: Tensor | None = None, *, decays: bool = True
 ) -> tuple[Tensor, MemoryState]:
     """Outputs [B, N, H, V] and the final state by the op that fits; `bounds` [rows + 1] of sequences packed in one row.
 
-    `decays` False says that log_decay is zero throughout.
+    `dtype` is what the user gave q, k and v in; `decays` False says that log_decay is zero throughout.
     """
     ((name, weight),) = problem.weights.items()
     anchored = problem.design.anchor == "initial"
@@ -79,7 +85,8 @@ def run_fla(
     module = "generalized_delta_rule" if op == "dplr_delta_rule" else op
     call: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{op}")
     options = {"scale": 1.0, "output_final_state": True, "cu_seqlens": bounds}
-    tensors = {key: x.transpose(1, 2).contiguous() for key, x in inputs.items()}
+    typed = {key: x if key in GATES else x.to(dtype) for key, x in inputs.items()}
+    tensors = {key: x.transpose(1, 2).contiguous() for key, x in typed.items()}
     out, final = call(**tensors, initial_state=state.slots[name][:, :, 0].contiguous(), **options)
     if anchored:
         out = out + shared_product(problem.q, weight).transpose(1, 2)
