@@ -93,7 +93,7 @@ def test_delta_rule_takes_no_other_design() -> None:
 
 
 FLA_OP = """
-import sys, torch, miras
+import dataclasses, sys, torch, miras
 from tests.kernels.fla_cases import interpret, watched
 from tests.problems import assert_close
 interpret()
@@ -108,7 +108,12 @@ out = forward()
 assert out.shape == inputs["v"][:, :: case.design.learning.micro_steps].shape, out.shape
 assert_close(out, miras.memorize(**inputs, path="reference")[0], tolerance=1e-5)
 assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), tensors))
-print(*(call.op for call in calls))
+half = dataclasses.replace(case, dtype="float16")
+PEERS["fla"].forward(half)[0]()
+miras.memorize(**memory_inputs(half), path="fla")
+assert {**calls[-2].dtypes, "initial_state": torch.float32} == calls[-1].dtypes
+assert calls[-1].dtypes["k"] == torch.float16
+print(*{call.op for call in calls})
 """
 
 

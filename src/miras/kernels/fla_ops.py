@@ -81,20 +81,30 @@ def run_fla(
     """
     ((name, weight),) = problem.weights.items()
     anchored = problem.design.anchor == "initial"
-    op, inputs = _inputs(problem, shared_product(problem.k, weight) if anchored else None, decays)
-    module = "generalized_delta_rule" if op == "dplr_delta_rule" else op
-    call: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{op}")
-    options = {"scale": 1.0, "output_final_state": True, "cu_seqlens": bounds}
-    typed = {key: x if key in GATES else x.to(dtype) for key, x in inputs.items()}
-    tensors = {key: x.transpose(1, 2).contiguous() for key, x in typed.items()}
-    out, final = call(**tensors, initial_state=state.slots[name][:, :, 0].contiguous(), **options)
+    op, inputs = op_of(problem, dtype, shared_product(problem.k, weight) if anchored else None, decays=decays)
+    first = state.slots[name][:, :, 0].contiguous()
+    out, final = op(**inputs, scale=1.0, initial_state=first, output_final_state=True, cu_seqlens=bounds)
     if anchored:
         out = out + shared_product(problem.q, weight).transpose(1, 2)
     return out, MemoryState({name: final.unsqueeze(2)}, {name: final}, state.phase)
 
 
+def op_of(
+    problem: Problem, dtype: torch.dtype, start: Tensor | None = None, *, decays: bool = True
+) -> tuple[Any, dict[str, Tensor]]:
+    """The op that computes a problem, and its inputs [B, N, H, ...] but for the state; `dtype` and `decays` as in `run_fla`.
+
+    `start` [B, H, N, V] is the anchor's share k a of the predictions.
+    """
+    name, inputs = _inputs(problem, start, decays)
+    module = "generalized_delta_rule" if name == "dplr_delta_rule" else name
+    typed = {key: x if key in GATES else x.to(dtype) for key, x in inputs.items()}
+    op: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{name}")
+    return op, {key: x.transpose(1, 2).contiguous() for key, x in typed.items()}
+
+
 def _inputs(problem: Problem, start: Tensor | None, decays: bool) -> tuple[str, dict[str, Tensor]]:
-    """The op and its inputs [B, H, N, ...]; `start` [B, H, N, V] is the anchor's share k a of the predictions."""
+    """The op's name and its inputs [B, H, N, ...] in the problem's type."""
     design, q, k, v, lr, g = problem.design, problem.q, problem.k, problem.v, problem.lr, problem.log_decay
     per_head, per_channel = lr.dim() < k.dim(), g.dim() == k.dim()
     rate = lr.unsqueeze(-1) if per_head else lr
