@@ -339,7 +339,7 @@ PEERS: dict[str, Contender] = {
         Titans("titans-by-token", "NeuralMemory, chunk_size 1, batch_size = refresh", by_token=True),
         Attention("sdpa", "causal softmax attention of PyTorch"),
         DeltaRule("delta-rule", f"the gated delta rule by triangular solves, blocks of {BLOCK}"),
-        Fla("fla", "flash-linear-attention's op for the design"),
+        Fla("fla-op", "flash-linear-attention's op for the design, alone"),
     )
 }
 """What a design can be measured beside, by name."""
