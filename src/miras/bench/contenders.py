@@ -93,7 +93,7 @@ class Ours(Contender):
 
     def plan(self, case: Case, mode: str) -> Plan:
         """That of one call of `memorize`, on one token in decoding. Raises ValueError where the path refuses."""
-        design, widths = case.design, products.memory_widths(case)
+        design, widths = case.design, case.design.inputs.memory_widths(case.head_dim)
         steps = design.learning.micro_steps * (1 if mode == "decode" else case.tokens)
         k, v = (torch.empty(case.batch, steps, case.heads, width, device="meta") for width in widths)
         return plan(
