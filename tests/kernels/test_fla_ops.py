@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import miras
 from miras import bias, learning, models, retention
 from miras.engine.dispatch import plan
-from miras.kernels import fla_ops
+from miras.kernels import fla_ops, triton
 from tests.kernels import fla_cases
 from tests.kernels.fla_cases import CASES
 from tests.problems import random_problem
@@ -38,7 +39,7 @@ def test_in_the_interpreter(name: str) -> None:
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton, "installed", lambda package: True)
 
 
 @pytest.mark.usefixtures("installed")
@@ -77,8 +78,24 @@ def test_refuses_what_the_kernels_cannot_take() -> None:
 
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else object())
+    monkeypatch.setattr(triton, "installed", lambda package: package != "triton")
     assert "triton not installed: pip install 'torch-miras[gpu]'" in str(miras.explain(models.gla(), device="cuda"))
+
+
+@pytest.fixture
+def looked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The packages that are looked for, and not found."""
+    names: list[str] = []
+    monkeypatch.setattr(importlib.util, "find_spec", names.append)
+    triton.installed.cache_clear()
+    yield names
+    triton.installed.cache_clear()
+
+
+def test_packages_are_looked_for_once(looked_for: list[str]) -> None:
+    for _ in range(3):
+        assert "fla and triton not installed" in plan(models.gla(), device=CUDA).refusals["fla"]
+    assert sorted(looked_for) == ["fla", "triton"]
 
 
 def test_asked_for_by_name_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

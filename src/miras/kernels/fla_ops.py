@@ -21,7 +21,6 @@ What it is given in their places is made in float32 and rounded to the type of t
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from miras.design import Design
 from miras.engine.chunk import shared_product
 from miras.engine.errors import bias_gates
 from miras.engine.problem import MemoryState, Problem
-from miras.kernels.triton import interpreted
+from miras.kernels import triton
 from miras.learning import Learning
 
 MAX_KEY_DIM = 256
@@ -60,10 +59,10 @@ def unfit(design: Design) -> str | None:
 
 def unavailable(device: torch.device, dtype: torch.dtype | None = None, widths: tuple[int, int] | None = None) -> str | None:
     """Why the ops cannot run here; None where they can."""
-    missing = [name for name in ("fla", "triton") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fla", "triton") if not triton.installed(name)]
     if missing:
         return f"{' and '.join(missing)} not installed: pip install 'torch-miras[gpu]'"
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not triton.interpreted():
         return f"its Triton kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1, to test them)"
     if dtype == torch.float64:
         return "its kernels compute in float32 at most, not in float64"
