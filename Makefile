@@ -15,9 +15,9 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/pytest -n 2 -m slow
 
-# On a CUDA device: the kernels that `make test-slow` runs in Triton's interpreter.
+# On a CUDA device: the kernels, our own and fla's, that `make test-slow` runs in Triton's interpreter.
 test-gpu: $(STAMP)
-	$(BIN)/pytest -m "" tests/kernels/triton_cases.py
+	$(BIN)/pytest -m "" tests/kernels/triton_cases.py tests/kernels/fla_cases.py
 
 check: test
 	$(BIN)/ruff format --check

@@ -111,6 +111,21 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "path", "reason"),
+    [
+        (["yaad"], "triton", "its speed has not been measured"),
+        (["yaad", "--head-dim", "48"], "triton", "its tiles need widths that are powers of two; keys of 48, values of 48"),
+        (["titans_lmm", "--head-dim", "128"], "triton", "262144 numbers of state a head"),
+        (["mamba2", "--head-dim", "512"], "fla", "its kernels take keys of up to 256 channels, not 1024"),
+    ],
+)
+def test_explain_knows_the_widths(arguments: list[str], path: str, reason: str) -> None:
+    """Those of a head's keys and values, on which the kernels of a GPU depend."""
+    shown = RUNNER.invoke(app, ["explain", *arguments, "--device", "cuda"], catch_exceptions=False).output
+    assert f"not {path} {reason}" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "none.yaml"], "no recipe at none.yaml"),

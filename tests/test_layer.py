@@ -253,6 +253,7 @@ def test_inspect_shows_learning() -> None:
 
 def test_explain() -> None:
     assert "path" in str(layer(design()).explain())
+    assert "keys of 12, values of 12" in layer(design(), head_dim=12).explain().refusals["triton"]
     channelwise = Inputs(decay=LogDecay(per_channel=True))
     found = layer(design(refresh=16, inputs=channelwise)).explain()
     assert (found.path, found.tile) == ("frozen", 16)

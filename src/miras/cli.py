@@ -230,7 +230,10 @@ def bench(
     refresh: Annotated[str | None, typer.Option(help="Refresh windows by commas (default: the model's).")] = None,
     mode: Annotated[str, typer.Option(help="By commas: forward, forward+backward, decode.")] = "forward,forward+backward",
     peers: Annotated[
-        str, typer.Option(help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, delta-rule, fla.")
+        str,
+        typer.Option(
+            help="floor, ttt-mlp, titans-pytorch, titans-by-token, sdpa, delta-rule, fla-op (what --path fla calls, alone)."
+        ),
     ] = "floor,ttt-mlp,sdpa",
     path: Annotated[list[str] | None, typer.Option(help="A path of the engine to measure too; may be repeated.")] = None,
     dtype: Annotated[str, typer.Option(help="Of q, k and v.")] = "float32",

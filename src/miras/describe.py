@@ -79,7 +79,7 @@ def sections(design: Design, head_dim: int = 64, device: str = "cpu") -> tuple[S
         Section("Choices", _choices(design)),
         Section("At each token t", _recurrence(design) if design.parametric else _attention(design)),
         Section("Inputs, from the hidden state x_t", _inputs(design)),
-        Section("Engine", _path(design, device)),
+        Section("Engine", _path(design, head_dim, device)),
         Section(f"A head of {head_dim} channels", _sizes(design, cost)),
     )
 
@@ -277,9 +277,10 @@ def _gate(name: str, symbol: str, gate: GateMap, projection: str) -> Line:
     return _line(name, f"{symbol} = {text},  {number}, {kind}", gate)
 
 
-def _path(design: Design, device: str) -> tuple[Line, ...]:
+def _path(design: Design, head_dim: int, device: str) -> tuple[Line, ...]:
     """The path that runs long sequences on a device of this machine, and why each faster one refuses."""
-    plan = explain(design, device=device, per_channel=design.parametric and design.inputs.per_channel)
+    per_channel, widths = design.parametric and design.inputs.per_channel, design.inputs.memory_widths(head_dim)
+    plan = explain(design, device=device, per_channel=per_channel, widths=widths)
     runs = plan.path + (f", in blocks of {plan.tile} gradient steps" if plan.tile > 1 else "")
     faster = PATHS[: PATHS.index(plan.path)]
     return (Line("path", runs), *(Line(f"not {name}", plan.refusals[name]) for name in faster))

@@ -320,6 +320,10 @@ class Inputs(Choice):
         maps = any(gate is not None and gate.per_channel for gate in (self.rate, self.decay))
         return maps or self.features.per_channel
 
+    def memory_widths(self, head_dim: int) -> tuple[int, int]:
+        """Widths of the keys and values that the memory meets, for heads of `head_dim` channels."""
+        return self.features.widths(round(self.key_ratio * head_dim), round(self.value_ratio * head_dim))
+
 
 def unit(x: Tensor) -> Tensor:
     """x / ||x|| over the last axis, with UNIT_EPS."""

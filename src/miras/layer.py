@@ -177,7 +177,7 @@ class MemoryLayer(Mixer):
 
     @property
     def _memory_widths(self) -> tuple[int, int]:
-        return self.design.inputs.features.widths(self.key_dim, self.value_dim)
+        return self.design.inputs.memory_widths(self.head_dim)
 
     @torch.no_grad()
     def align(self) -> None:
@@ -355,9 +355,9 @@ class MemoryLayer(Mixer):
 
     def explain(self) -> Any:
         """Which of the engine's paths this layer runs on, and why the others refuse."""
-        inputs, weight = self.design.inputs, self.o_proj.weight
-        per_channel = self.design.parametric and inputs.per_channel
-        return explain(self.design, device=weight.device, dtype=weight.dtype, per_channel=per_channel)
+        weight, widths = self.o_proj.weight, self._memory_widths
+        per_channel = self.design.parametric and self.design.inputs.per_channel
+        return explain(self.design, device=weight.device, dtype=weight.dtype, per_channel=per_channel, widths=widths)
 
     @torch.no_grad()
     def inspect(self, hidden_states: Tensor, shared: dict[str, Tensor] | None = None) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from miras.bench.delta_rule import gated_delta_rule
 from miras.bench.measure import peak_memory
 from miras.bench.ttt_mlp import ttt_mlp
 from miras.cli import app, main
-from miras.engine import dispatch
+from miras.engine import PATHS, dispatch
 
 ROOT = Path(__file__).parents[2]
 TINY = Case("yaad", named_design("yaad", ["refresh=4"]), batch=1, tokens=8, heads=2, head_dim=4)
@@ -93,20 +93,27 @@ def test_delta_rule_takes_no_other_design() -> None:
 
 
 FLA_OP = """
-import sys, torch, miras
-from tests.kernels.fla_child import distance, prepare
-called = prepare()
+import dataclasses, sys, torch, miras
+from tests.kernels.fla_cases import interpret, watched
+from tests.problems import assert_close
+interpret()
+calls = watched()
 from miras.bench import PEERS, Case, named_design
 from miras.bench.case import memory_inputs
 case = Case(sys.argv[1], named_design(sys.argv[1]), 1, 37, 2, 16)
 inputs = memory_inputs(case)
 inputs["weights"] = {name: torch.zeros_like(x) for name, x in inputs["weights"].items()}
-forward, tensors = PEERS["fla"].forward(case)
+forward, tensors = PEERS["fla-op"].forward(case)
 out = forward()
 assert out.shape == inputs["v"][:, :: case.design.learning.micro_steps].shape, out.shape
-assert distance(out, miras.memorize(**inputs, path="reference")[0]) < 1e-5
+assert_close(out, miras.memorize(**inputs, path="reference")[0], tolerance=1e-5)
 assert all(x.isfinite().all() for x in torch.autograd.grad(out.sum(), tensors))
-print(*called)
+half = dataclasses.replace(case, dtype="float16")
+PEERS["fla-op"].forward(half)[0]()
+miras.memorize(**memory_inputs(half), path="fla")
+assert {**calls[-2].dtypes, "initial_state": torch.float32} == calls[-1].dtypes
+assert calls[-1].dtypes["k"] == torch.float16
+print(*{call.op for call in calls})
 """
 
 
@@ -192,6 +199,11 @@ def test_measure() -> None:
     lines = markdown(results).splitlines()
     assert len(lines) == 2 + len(results.measurements)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_contenders_have_names_of_their_own() -> None:
+    chosen = contenders(list(PEERS), list(PATHS))
+    assert len({contender.name for contender in chosen}) == len(chosen)
 
 
 def test_contenders_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,11 +293,12 @@ def test_peak_memory_warms_up_on_whole_blocks() -> None:
 def test_command(tmp_path: Path, tokens: str, suffix: str) -> None:
     file, plot = tmp_path / "b.json", tmp_path / f"b.{suffix}"
     sizes = ["--batch", "1", "--tokens", tokens, "--heads", "2", "--head-dim", "4", "--refresh", "2,4", "--repeats", "1"]
-    options = [*sizes, "--no-memory", "--mode", "forward", "--peers", "floor,fla", "--json", str(file), "--plot", str(plot)]
+    files = ["--json", str(file), "--plot", str(plot)]
+    options = [*sizes, "--no-memory", "--mode", "forward", "--peers", "floor,fla-op", *files]
     shown = CliRunner().invoke(app, ["bench", "yaad", "bias.kind=Lp", "bias.p=1.5", *options], catch_exceptions=False)
     assert shown.exit_code == 0
     assert "yaad bias.kind=Lp bias.p=1.5, refresh 2" in shown.output.replace("\n", "")
-    assert "not run: fla, forward: path='fla' refuses this design" in shown.output
+    assert "not run: fla-op, forward: path='fla' refuses this design" in shown.output
     results = Results.from_dict(json.loads(file.read_text()))
     assert {m.case.design.refresh for m in results.measurements} == {2, 4}
     assert all(m.case.design.bias == miras.bias.Lp(1.5) for m in results.measurements)
@@ -324,5 +337,5 @@ def test_errors_say_what_is_allowed(arguments: list[str], message: str, capsys: 
 
 
 def test_nothing_to_measure_says_why() -> None:
-    with pytest.raises(ValueError, match=r"nothing to measure: fla \(forward\): path='fla' refuses this design"):
-        measure([TINY], ["forward"], [PEERS["fla"]], repeats=1, memory=False)
+    with pytest.raises(ValueError, match=r"nothing to measure: fla-op \(forward\): path='fla' refuses this design"):
+        measure([TINY], ["forward"], [PEERS["fla-op"]], repeats=1, memory=False)

@@ -1,12 +1,12 @@
-"""The path "fla": what it accepts, what it says otherwise, and its kernels in Triton's interpreter against the reference."""
+"""The path "fla": what it accepts, what it says otherwise, and its kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,30 @@ import torch
 import miras
 from miras import bias, learning, models, retention
 from miras.engine.dispatch import plan
-from miras.kernels import fla_ops
-from tests.kernels.fla_child import CASES
+from miras.kernels import fla_ops, triton
+from tests.kernels import fla_cases
+from tests.kernels.fla_cases import CASES
 from tests.problems import random_problem
 
-ROOT = Path(__file__).parent.parent.parent
+FILE = Path(fla_cases.__file__)
 QUICK = ("gated_deltanet, anchored",)
 CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("name", [pytest.param(x, marks=[] if x in QUICK else pytest.mark.slow) for x in CASES])
-def test_kernels_equal_the_reference(name: str) -> None:
-    """Outputs, states and gradients in float32; in a process of its own, since the interpreter is chosen at import."""
+def test_in_the_interpreter(name: str) -> None:
+    """In a process of its own, since Triton has to be told before it is imported."""
+    tests = [f"{FILE}::test_equals_the_reference[{name}-{dtype}]" for dtype in ("float32", "float16")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.kernels.fla_child", name]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result["called"] == [CASES[name][3]]
-    for group, distances in result["found"].items():
-        assert len(distances) >= 3
-        for key, distance in distances.items():
-            assert distance < 1e-5, f"{group}: {key} is off by {distance:.2g}"
+    done = subprocess.run(command, cwd=FILE.parents[2], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(triton, "installed", lambda package: True)
 
 
 @pytest.mark.usefixtures("installed")
@@ -82,8 +78,24 @@ def test_refuses_what_the_kernels_cannot_take() -> None:
 
 
 def test_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else object())
+    monkeypatch.setattr(triton, "installed", lambda package: package != "triton")
     assert "triton not installed: pip install 'torch-miras[gpu]'" in str(miras.explain(models.gla(), device="cuda"))
+
+
+@pytest.fixture
+def looked_for(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The packages that are looked for, and not found."""
+    names: list[str] = []
+    monkeypatch.setattr(importlib.util, "find_spec", names.append)
+    triton.installed.cache_clear()
+    yield names
+    triton.installed.cache_clear()
+
+
+def test_packages_are_looked_for_once(looked_for: list[str]) -> None:
+    for _ in range(3):
+        assert "fla and triton not installed" in plan(models.gla(), device=CUDA).refusals["fla"]
+    assert sorted(looked_for) == ["fla", "triton"]
 
 
 def test_asked_for_by_name_it_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,7 +83,7 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert miras.engine.plan(PLAIN, "triton", device=cuda).path == "triton"
     with pytest.raises(ValueError, match="path='triton' refuses this design: it needs a CUDA device, not cpu"):
         run(random_problem(PLAIN), path="triton")
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "installed", lambda package: False)
     assert "triton is not installed" in refused()
 
 

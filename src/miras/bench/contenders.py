@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -94,7 +93,7 @@ class Ours(Contender):
 
     def plan(self, case: Case, mode: str) -> Plan:
         """That of one call of `memorize`, on one token in decoding. Raises ValueError where the path refuses."""
-        design, widths = case.design, products.memory_widths(case)
+        design, widths = case.design, case.design.inputs.memory_widths(case.head_dim)
         steps = design.learning.micro_steps * (1 if mode == "decode" else case.tokens)
         k, v = (torch.empty(case.batch, steps, case.heads, width, device="meta") for width in widths)
         return plan(
@@ -308,15 +307,9 @@ class Fla(Contender):
     def forward(self, case: Case) -> tuple[Forward, list[Tensor]]:
         inputs, n = memory_inputs(case), case.design.learning.micro_steps
         with torch.no_grad():
-            name, made = fla_ops._inputs(build_problem(**inputs), None, inputs["log_decay"] is not None)
-        kept = ("g", "gk", "beta")
-        given = {
-            key: x.transpose(1, 2).to(x.dtype if key in kept else case.torch_dtype).contiguous().requires_grad_()
-            for key, x in made.items()
-        }
-        module = "generalized_delta_rule" if name == "dplr_delta_rule" else name
-        op: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{name}")
-        return lambda: op(**given, scale=1.0)[0][:, n - 1 :: n], list(given.values())
+            op, given = fla_ops.op_of(build_problem(**inputs), case.torch_dtype, decays=inputs["log_decay"] is not None)
+        tensors = [x.requires_grad_() for x in given.values()]
+        return lambda: op(**given, scale=1.0)[0][:, n - 1 :: n], tensors
 
 
 def _is_gated_delta_rule(design: Design) -> bool:
@@ -346,7 +339,7 @@ PEERS: dict[str, Contender] = {
         Titans("titans-by-token", "NeuralMemory, chunk_size 1, batch_size = refresh", by_token=True),
         Attention("sdpa", "causal softmax attention of PyTorch"),
         DeltaRule("delta-rule", f"the gated delta rule by triangular solves, blocks of {BLOCK}"),
-        Fla("fla", "flash-linear-attention's op for the design"),
+        Fla("fla-op", "flash-linear-attention's op for the design, alone"),
     )
 }
 """What a design can be measured beside, by name."""

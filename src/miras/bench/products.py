@@ -66,7 +66,7 @@ def products(case: Case, mode: str, path: str | None = None) -> list[Product]:
     assert path is not None
     if not design.parametric:
         return _attention(case, mode)
-    key_dim, value_dim = memory_widths(case)
+    key_dim, value_dim = design.inputs.memory_widths(case.head_dim)
     chosen, n = plan(design, path, per_channel_gates(design)), design.learning.micro_steps
     runs = plan_runs(case.tokens * n, 0, design.refresh, chosen.tile)
     if mode == "decode":
@@ -246,12 +246,6 @@ def _attention(case: Case, mode: str) -> list[Product]:
         keys = keys if window is None else min(keys, window + queries - 1)
         found += [Product(rows, queries, d, keys), Product(rows, queries, keys, d)]
     return found
-
-
-def memory_widths(case: Case) -> tuple[int, int]:
-    """Widths of the keys and values that the memory of a layer meets."""
-    inputs = case.design.inputs
-    return inputs.features.widths(round(inputs.key_ratio * case.head_dim), round(inputs.value_ratio * case.head_dim))
 
 
 def per_channel_gates(design: Design) -> bool:

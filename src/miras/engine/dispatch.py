@@ -148,7 +148,8 @@ def explain(
 
     Only "native" and "fused" depend on the amount of work: what is said of them holds for long sequences of enough heads,
     and others run as the next path that accepts the design. "fla" and "triton" depend on the `widths` of keys and values
-    too, and compute products of half-precision inputs in half precision; every other path computes them in float32.
+    too, and compute products of half-precision inputs in half precision ("fla" those of float32 ones mostly in TF32); every
+    other path computes them in float32.
     """
     if not dtype.is_floating_point:
         raise TypeError(f"dtype={dtype}; must be a floating-point type")
@@ -189,7 +190,8 @@ def memorize(
         check: also check values (NaN, signs, ranges); shapes and types are always checked.
 
     Returns:
-        out [B, T, H, V] in v's dtype (computed in float32, or float64 if given), and the final state or None.
+        out [B, T, H, V] in v's dtype (computed in float32, or float64 if given; for "fla" and "triton" see `explain`), and
+        the final state or None.
 
     Raises:
         ValueError, TypeError: illegal shapes, types, names or values, or a path that refuses the design.
@@ -225,7 +227,7 @@ def memorize(
         problem, past = _taken(problem, initial_state, learned)
         try:
             if chosen.path == "fla":
-                out, state = _run_fla(problem, past, cu_seqlens, decays=log_decay is not None)
+                out, state = _run_fla(problem, past, cu_seqlens, v.dtype, decays=log_decay is not None)
             else:
                 out, state = _run(problem, chosen, past, cu_seqlens, v.dtype)
         except Untraceable as error:
@@ -331,7 +333,7 @@ def _run(
 
 
 def _run_fla(
-    problem: Problem, state: MemoryState | None, cu_seqlens: Tensor | None, *, decays: bool
+    problem: Problem, state: MemoryState | None, cu_seqlens: Tensor | None, dtype: torch.dtype, *, decays: bool
 ) -> tuple[Tensor, MemoryState]:
     n = problem.design.learning.micro_steps
     if state is None:
@@ -339,7 +341,7 @@ def _run_fla(
         if cu_seqlens is not None:
             state = state.index_select(torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64))
     bounds = None if cu_seqlens is None else cu_seqlens.to(problem.q.device) * n
-    out, final = fla_ops.run_fla(problem, state, bounds, decays=decays)
+    out, final = fla_ops.run_fla(problem, state, dtype, bounds, decays=decays)
     return out[:, n - 1 :: n], final
 
 

@@ -13,12 +13,14 @@ so that the anchor changes values and read-outs only, and D_0 is the op's initia
     else      `dplr_delta_rule`, S_t = diag(alpha) S_{t-1} + k^T v + b^T (a S_{t-1})  (RWKV-7)
 
 With n gradient steps a token an op takes n steps of which the last is read. Versions: fla-core 0.6.0.
+
+An op multiplies in the type of its q, k and v (float32 mostly in TF32, Triton's default) and keeps its states in float32.
+What it is given in their places is made in float32 and rounded to the type of the user's; decays and rates stay in float32.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -28,11 +30,14 @@ from miras.design import Design
 from miras.engine.chunk import shared_product
 from miras.engine.errors import bias_gates
 from miras.engine.problem import MemoryState, Problem
-from miras.kernels.triton import interpreted
+from miras.kernels import triton
 from miras.learning import Learning
 
 MAX_KEY_DIM = 256
 """Widest keys that the kernels of the delta rules take."""
+
+GATES = ("g", "gk", "beta")
+"""Inputs of the ops that are log-decays and rates."""
 
 
 def unfit(design: Design) -> str | None:
@@ -54,40 +59,51 @@ def unfit(design: Design) -> str | None:
 
 def unavailable(device: torch.device, dtype: torch.dtype | None = None, widths: tuple[int, int] | None = None) -> str | None:
     """Why the ops cannot run here; None where they can."""
-    missing = [name for name in ("fla", "triton") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("fla", "triton") if not triton.installed(name)]
     if missing:
         return f"{' and '.join(missing)} not installed: pip install 'torch-miras[gpu]'"
-    if device.type != "cuda" and not interpreted():
+    if device.type != "cuda" and not triton.interpreted():
         return f"its Triton kernels need a CUDA device, not {device.type} (or TRITON_INTERPRET=1, to test them)"
     if dtype == torch.float64:
-        return "its kernels compute in float32, not in float64"
+        return "its kernels compute in float32 at most, not in float64"
     if widths is not None and widths[0] > MAX_KEY_DIM:
         return f"its kernels take keys of up to {MAX_KEY_DIM} channels, not {widths[0]}"
     return None
 
 
 def run_fla(
-    problem: Problem, state: MemoryState, bounds: Tensor | None = None, *, decays: bool = True
+    problem: Problem, state: MemoryState, dtype: torch.dtype, bounds: Tensor | None = None, *, decays: bool = True
 ) -> tuple[Tensor, MemoryState]:
     """Outputs [B, N, H, V] and the final state by the op that fits; `bounds` [rows + 1] of sequences packed in one row.
 
-    `decays` False says that log_decay is zero throughout.
+    `dtype` is what the user gave q, k and v in; `decays` False says that log_decay is zero throughout.
     """
     ((name, weight),) = problem.weights.items()
     anchored = problem.design.anchor == "initial"
-    op, inputs = _inputs(problem, shared_product(problem.k, weight) if anchored else None, decays)
-    module = "generalized_delta_rule" if op == "dplr_delta_rule" else op
-    call: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{op}")
-    options = {"scale": 1.0, "output_final_state": True, "cu_seqlens": bounds}
-    tensors = {key: x.transpose(1, 2).contiguous() for key, x in inputs.items()}
-    out, final = call(**tensors, initial_state=state.slots[name][:, :, 0].contiguous(), **options)
+    op, inputs = op_of(problem, dtype, shared_product(problem.k, weight) if anchored else None, decays=decays)
+    first = state.slots[name][:, :, 0].contiguous()
+    out, final = op(**inputs, scale=1.0, initial_state=first, output_final_state=True, cu_seqlens=bounds)
     if anchored:
         out = out + shared_product(problem.q, weight).transpose(1, 2)
     return out, MemoryState({name: final.unsqueeze(2)}, {name: final}, state.phase)
 
 
+def op_of(
+    problem: Problem, dtype: torch.dtype, start: Tensor | None = None, *, decays: bool = True
+) -> tuple[Any, dict[str, Tensor]]:
+    """The op that computes a problem, and its inputs [B, N, H, ...] but for the state; `dtype` and `decays` as in `run_fla`.
+
+    `start` [B, H, N, V] is the anchor's share k a of the predictions.
+    """
+    name, inputs = _inputs(problem, start, decays)
+    module = "generalized_delta_rule" if name == "dplr_delta_rule" else name
+    typed = {key: x if key in GATES else x.to(dtype) for key, x in inputs.items()}
+    op: Any = getattr(importlib.import_module(f"fla.ops.{module}"), f"chunk_{name}")
+    return op, {key: x.transpose(1, 2).contiguous() for key, x in typed.items()}
+
+
 def _inputs(problem: Problem, start: Tensor | None, decays: bool) -> tuple[str, dict[str, Tensor]]:
-    """The op and its inputs [B, H, N, ...]; `start` [B, H, N, V] is the anchor's share k a of the predictions."""
+    """The op's name and its inputs [B, H, N, ...] in the problem's type."""
     design, q, k, v, lr, g = problem.design, problem.q, problem.k, problem.v, problem.lr, problem.log_decay
     per_head, per_channel = lr.dim() < k.dim(), g.dim() == k.dim()
     rate = lr.unsqueeze(-1) if per_head else lr

@@ -93,11 +93,17 @@ def unfit(design: Design, widths: tuple[int, int] | None = None) -> str | None:
 
 def unusable(device: torch.device) -> str | None:
     """Why no kernel can be launched on a device; None where one can."""
-    if importlib.util.find_spec("triton") is None:
+    if not installed("triton"):
         return "triton is not installed: pip install 'torch-miras[gpu]'"
     if device.type != "cuda" and not interpreted():
         return f"it needs a CUDA device, not {device.type} (or Triton's interpreter: TRITON_INTERPRET=1 before the import)"
     return None
+
+
+@functools.cache
+def installed(package: str) -> bool:
+    """Whether a package can be imported; looked for once, since every call of `memorize` asks."""
+    return importlib.util.find_spec(package) is not None
 
 
 def interpreted() -> bool:
