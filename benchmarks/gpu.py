@@ -21,7 +21,8 @@ from miras.bench import Results, markdown
 from miras.bench.show import machine_line
 
 PLAIN = "titans_lmm learning.kind=GradientDescent"
-SIZES = "--device cuda --dtype bfloat16 --batch 8 --heads 16 --head-dim 64 --path triton"
+TYPES = "--device cuda --dtype bfloat16 --batch 8 --path triton"
+SIZES = f"{TYPES} --heads 16 --head-dim 64"
 
 SECTIONS: dict[str, tuple[str, str]] = {
     "plain": (
@@ -32,6 +33,7 @@ SECTIONS: dict[str, tuple[str, str]] = {
     "yaad": ("Yaad", f"yaad {SIZES} --tokens 4096 --peers floor"),
     "matrix": ("A matrix memory", f"{PLAIN} memory.kind=Matrix {SIZES} --tokens 4096 --refresh 64 --peers floor,sdpa"),
     "online": ("Exact online: refresh 1", f"{PLAIN} {SIZES} --tokens 4096 --refresh 1 --peers floor"),
+    "wide": ("Heads of 128 channels", f"{PLAIN} {TYPES} --heads 8 --head-dim 128 --tokens 4096 --refresh 64 --peers floor"),
     "length": (
         "Sequence length, one sequence",
         f"{PLAIN} {SIZES} --batch 1 --tokens 8192,32768,131072 --refresh 64 --mode forward+backward --repeats 3",

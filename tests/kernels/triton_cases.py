@@ -50,8 +50,13 @@ class TestTriton(Scans):
         monkeypatch.setattr(triton, "REREAD", 0 if kept == "memory" else triton.REREAD)
         self.assert_same_as_reference(PLAIN, tokens=40)
 
-    def assert_same_as_reference(self, design: Design, tokens: int) -> None:
-        problem = self.problem_of(design, tokens=tokens)
+    def test_shapes_of_usual_size(self) -> None:
+        """A head of 64 channels and its hidden layer of 256, which is two tiles; its weights stay in memory."""
+        design = replace(PLAIN, memory=memory.MLP(2, 4.0), refresh=64)
+        self.assert_same_as_reference(design, tokens=130, width=64, batch=1)
+
+    def assert_same_as_reference(self, design: Design, **sizes: int) -> None:
+        problem = self.problem_of(design, **sizes)
         found = home(outcome(self.moved(problem), path="triton"))
         assert_same(found, outcome(problem, path="reference"), self.tolerance)
 
