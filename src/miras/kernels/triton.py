@@ -40,7 +40,7 @@ from miras.kernels.translate import Body
 MAX_BLOCK = 64
 """Most gradient steps a block takes."""
 
-MAX_WORK = 2**21
+MAX_WORK = 2**20
 """Most steps of a block times numbers of the largest weight, where a shorter block has fewer: longer ones do not fit into
 shared memory, or take Triton many minutes to compile."""
 
