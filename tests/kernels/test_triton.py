@@ -92,10 +92,10 @@ def test_blocks_fit_the_window() -> None:
     assert triton.unfit(PLAIN, (16, 16)) is None
     wide = replace(PLAIN, memory=memory.MLP(2, 4096.0))
     cases = [(PLAIN, *x) for x in ((1, 1), (8, 1), (16, 16), (48, 16), (96, 32), (64, 64), (256, 64))]
-    for design, refresh, length in (*cases, (wide, 64, 16)):
+    for design, refresh, length, *operands in (*cases, (wide, 64, 16), (wide, 64, 1, "float32")):
         tensors = {name: problem[name].transpose(1, 2) for name in ("q", "k", "v", "lr", "log_decay")}
         shapes = design.memory.weights(4, 4)
         built = miras.engine.problem.Problem(
             replace(design, refresh=refresh), **tensors, gates={}, weights=problem["weights"], slow={}, shapes=shapes
         )
-        assert triton.TritonPrograms("float64").block_length(built) == length
+        assert triton.TritonPrograms(*operands or ["bfloat16"]).block_length(built) == length

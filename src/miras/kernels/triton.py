@@ -40,9 +40,12 @@ from miras.kernels.translate import Body
 MAX_BLOCK = 64
 """Most gradient steps a block takes."""
 
-MAX_WORK = 2**20
-"""Most steps of a block times numbers of the largest weight, where a shorter block has fewer: longer ones do not fit into
-shared memory, or take Triton many minutes to compile."""
+MAX_WORK = 2**21
+"""Most steps of a block times numbers of the weights, where a shorter block has fewer: longer ones do not fit into shared
+memory, or take Triton many minutes to compile."""
+
+WIDE = 4
+"""How much less that is for operands of float32, each of which is two of TF32 of twice the bytes."""
 
 MIN_BLOCK = 16
 """Fewest, where it takes more than one: with less there is nothing for a matrix product."""
@@ -129,8 +132,10 @@ class TritonPrograms:
     def block_length(self, problem: Problem) -> int:
         if one_by_one(problem, scales=False):
             return 1
-        largest = max(shape.d_in * shape.d_out for shape in problem.shapes.values())
-        length = math.gcd(problem.design.refresh, max(MIN_BLOCK, min(MAX_BLOCK, MAX_WORK // largest)))
+        numbers = sum(shape.d_in * shape.d_out for shape in problem.shapes.values())
+        most = MAX_WORK // WIDE if self.operands in ("float32", "tf32") else MAX_WORK
+        fitting = 2 ** (max(most // numbers, 1).bit_length() - 1)
+        length = math.gcd(problem.design.refresh, min(MAX_BLOCK, fitting))
         return length if length >= MIN_BLOCK else 1
 
     def make(self, block: Block, needed: tuple[bool, ...] | None) -> None:
