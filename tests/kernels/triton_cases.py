@@ -55,6 +55,13 @@ class TestTriton(Scans):
         design = replace(PLAIN, memory=memory.MLP(2, 4.0), refresh=64)
         self.assert_same_as_reference(design, tokens=130, width=64, batch=1)
 
+    @pytest.mark.usefixtures("own_programs")
+    def test_shapes_of_windows_in_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A gradient point of three blocks that stays out of registers, and states of which the square root is kept."""
+        monkeypatch.setattr(triton, "REREAD", 0)
+        monkeypatch.setattr(triton, "KEPT", 0)
+        self.assert_same_as_reference(replace(PLAIN, refresh=48), tokens=144)
+
     def assert_same_as_reference(self, design: Design, **sizes: int) -> None:
         problem = self.problem_of(design, **sizes)
         found = home(outcome(self.moved(problem), path="triton"))
