@@ -5,8 +5,8 @@
 Programs are those that `miras bench` with the arguments of a case would launch on an H100 or H200, compiled by the
 installed Triton. Per kernel: the steps of a block; the shared memory of an instance, of which there are at most 232,448
 bytes; registers a thread; loads and stores of what these could not hold; instructions, of which products on tensor cores.
-"cycles" are those that a multiprocessor's four schedulers take at least to issue them, a token of one head: what else slows
-a kernel down is not seen here.
+"cycles" are those that a multiprocessor's four schedulers take to issue them all once, a token of one head, both kinds of
+block where a window has several: what else slows a kernel down is not seen here.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ CASES: dict[str, str] = {
     "moneta": "moneta refresh=64",
     "memora": "memora refresh=64",
     "matrix": f"{PLAIN} memory.kind=Matrix refresh=64",
-    "wide": f"{PLAIN} refresh=64 --head-dim 128",
+    "wide": f"{PLAIN} refresh=16 --head-dim 128",
     "float32": f"{PLAIN} refresh=16 --dtype float32",
 }
 """Designs with overrides, at sizes of 64 in bfloat16 unless they say otherwise."""
@@ -95,7 +95,8 @@ def block_for(arguments: str) -> tuple[Block, str]:
     case = Case(found.model, design, batch=1, tokens=design.refresh, heads=1, head_dim=found.head_dim, dtype=found.dtype)
     problem = build_problem(**memory_inputs(case))
     operands = operands_of(DTYPES[found.dtype])
-    return block_of(problem, TritonPrograms(operands).block_length(problem), apart=False), operands
+    length = TritonPrograms(operands).block_length(problem)
+    return block_of(problem, length, apart=length < design.refresh), operands
 
 
 def compiled(program: Program, block: Block) -> Any:

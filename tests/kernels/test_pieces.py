@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]]]] = {
     "filled": (lambda x: (torch.zeros_like(x) + x.new_full((8, 12), 2.0) * torch.ones(12, dtype=x.dtype), x + 0), [(8, 12)]),
     "rows": (lambda x: (x[1], x[:, 1:3].cumsum(1), x.flip(0), torch.cat((x[:1], x[2:])), torch.stack((x, x))), [(3, 4, 8)]),
     "types": (lambda x: ((x > 0).to(x.dtype) * 2,), [(8, 12)]),
-    "rows of a piece": (lambda x: (x[:, 5:7], x[..., :1], x[2:, 4:8]), [(4, 12)]),
+    "rows of a piece": (lambda x: (x[:, 5:7], x[..., :1], x[2:, 4:8], x.narrow(1, 0, 12) + 1), [(4, 12)]),
     "triangle": (lambda x, y: ((x @ x.T).tril() @ y,), [(4, 8), (4, 12)]),
 }
 
@@ -84,7 +84,7 @@ def test_what_is_short_is_left_alone() -> None:
         (lambda x: (x[:, 5],), (3, 8), "select.int along an axis of 8"),
         (lambda x: (torch.cat((x, x), 1),), (3, 4), "cat.default along an axis of 8"),
         (lambda x: (x.tril(),), (8, 8), "tril.default along an axis of 8"),
-        (lambda x: (x.reshape(4, 6),), (3, 8), "view.default along an axis of 8"),
+        (lambda x: (x.reshape(4, 6),), (3, 8), "view.default has no form here on tensors longer than 4"),
         (lambda x: (x.sort().values,), (3, 8), "sort.default gives several tensors"),
         (lambda x: (x + 1,), (3, 6), "an axis of 6, which 4 does not divide"),
     ],

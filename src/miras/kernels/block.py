@@ -4,8 +4,8 @@
     (dx, dw, dz, dr)        = pull(x, w, z, r, do, dz', dr')   its vector-Jacobian product, the block recomputed inside
 
 A window of `refresh` steps is one block, or several of which the last ends it. Both programs run one instance a sequence
-and head, carry the slots in registers in float32 from block to block, and are generated from these graphs by
-`translate`, so that nothing here knows any choice's formula. Where every block ends a window, r is z's first slot.
+and head, carry the slots in float32 from block to block, and are generated from these graphs, so that nothing here knows any
+choice's formula. Where every block ends a window, r is z's first slot.
 """
 
 from __future__ import annotations

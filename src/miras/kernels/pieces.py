@@ -148,8 +148,8 @@ def _cast(splitter: _Splitter, node: Node) -> Make:
 
 def _undivided(splitter: _Splitter, node: Node) -> Make:
     """An operation of which nothing is known, on what is no longer than a piece."""
-    for x in (*node.all_input_nodes, node):
-        splitter.require_whole(node, x, *range(len(_shape(x))))
+    if any(n > splitter.limit for x in (*node.all_input_nodes, node) for n in _shape(x)):
+        raise Untranslatable(f"operation {node.target} has no form here on tensors longer than {splitter.limit}")
 
     made = splitter.graph.node_copy(node, lambda x: splitter.found[x].nodes[(0,) * len(_shape(x))])
     made.meta = {"val": splitter.empty(node)}
@@ -263,6 +263,8 @@ def _slice(splitter: _Splitter, node: Node) -> Make:
     axis, limit = cast(int, given[1]) % len(_shape(x)), splitter.limit
     begin, end, _ = slice(start, stop).indices(_shape(x)[axis])
     piece = begin // limit
+    if _shape(node) == _shape(x):
+        return lambda place: splitter.found[x].nodes[place]
     if len(node.args) > 4 or max(end - 1, begin) // limit != piece:
         return _along(splitter, node)
 

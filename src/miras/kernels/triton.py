@@ -4,8 +4,8 @@ States before blocks are kept for the backward pass: those before all, where tha
 keys and values, or else of the square root of their number.
 
 A block has 16, 32 or 64 steps where the links allow it and the window is a multiple of it; with refresh 1, links at
-every token, or rates and decays per channel it has one, which updates the weights in registers and so is the exact
-online learner. Both programs run one instance a sequence and head, and carry the slots in float32 from block to block: in
+every token, rates and decays per channel, or where no more fit, it has one, of which every other learner is made, the exact
+online one too. Both programs run one instance a sequence and head, and carry the slots in float32 from block to block: in
 registers, or, where these could not hold them, in memory (L2). Matrices are divided into tiles (see `pieces`). States and
 everything that is no matrix product are in float32, operands in `operands_of` the inputs.
 
@@ -57,8 +57,8 @@ PIECE = 128
 """Longest axis of a tile."""
 
 KEPT = 8
-"""Most numbers a token, in lengths of its key and value, for which the state before every block is kept: the backward pass
-then runs no forward one, by its instructions a fourth of all (docs/gpu.md). Of larger states the square root is kept."""
+"""The state before every block is kept where it has at most so many numbers a step for each number of a key and a value: the
+backward pass then runs no forward one, by its instructions a fourth of all (docs/gpu.md). Else some are."""
 
 MAX_STATE = 2**17
 """Most numbers of one head's slots."""
@@ -411,8 +411,17 @@ class _Writer:
         self.add(depth, *body.lines, *ends)
 
     def program(self, name: str, tensors: Sequence[str], rest: str) -> Program:
+        # Or else every number that is 1 or a multiple of 16 would have a kernel of its own, compiled for minutes.
+        names = [x.strip() for x in rest.split(",") if ":" not in x]
         pointers = ", ".join(f"{identifier(x)}_ptr" for x in tensors)
-        head = ["import triton", "import triton.language as tl", "", "", "@triton.jit", f"def {name}({pointers}, {rest}):"]
+        head = [
+            "import triton",
+            "import triton.language as tl",
+            "",
+            "",
+            f"@triton.jit(do_not_specialize={names})",
+            f"def {name}({pointers}, {rest}):",
+        ]
         head += ["    row = tl.program_id(0).to(tl.int64)", "    head = row % HEADS"]
         head += [f"    {name} = {text}" for name, text in self.offsets.items()]
         return Program("\n".join([*head, *self.lines]) + "\n", tuple(tensors))
